@@ -1,0 +1,1 @@
+"""Architectures as data: one file each."""

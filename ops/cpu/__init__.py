@@ -1,0 +1,1 @@
+"""C++ kernels behind the XLA foreign function interface."""

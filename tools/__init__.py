@@ -1,0 +1,1 @@
+"""The commands: one module for each, all under the entry point `scarlet`."""

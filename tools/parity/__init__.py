@@ -1,0 +1,1 @@
+"""engine-parity: two activation dumps in, one honest verdict out."""
