@@ -1,0 +1,54 @@
+"""The product with packed weights in plain XLA: decode a tile of rows to f32, multiply, next tile.
+
+Runs wherever XLA runs, for every block format; the other implementations are compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from scarlet_jax.ops.einsum import einsum
+from scarlet_jax.ops.qtensor import QTensor
+from scarlet_jax.ops.quants import decode
+
+# Decoded weights alive at once. A vocabulary's head decoded whole would take a gigabyte and more. A tile of
+# this size is read back from a processor's cache (twice the speed of 8 MiB at one token on the machine
+# where it was measured), and is still hundreds of rows, enough to keep a GEMM busy.
+TILE_BYTES = 4 * 2**20
+
+
+def unavailable() -> None:
+    """Why this implementation cannot run here: it always can."""
+
+
+def qmatmul(x: jax.Array, w: QTensor) -> jax.Array:
+    """`x @ w.T`: f32 (..., in), packed (out, in) -> f32 (..., out); `w.scale` is left to the caller."""
+    return matmul_by_tiles(x, jnp.asarray(w.blocks), lambda rows: decode(rows, w.qtype))
+
+
+def matmul_by_tiles(x: jax.Array, rows: jax.Array, to_f32: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`x @ to_f32(rows).T`: f32 (..., in), rows (out, anything) that become f32 (out, in) -> f32 (..., out).
+
+    Never more than `TILE_BYTES` of rows (or one row) are f32 at a time. The last tile overlaps the one
+    before it, so that all are of one shape: a few rows are then multiplied twice.
+    """
+    out = rows.shape[0]
+    tile = max(1, TILE_BYTES // (4 * x.shape[-1]))
+    if tile >= out:
+        return _product(x, to_f32(rows))
+
+    def multiply_tile(i: jax.Array, y: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * tile, out - tile)
+        weights = to_f32(lax.dynamic_slice_in_dim(rows, start, tile, axis=0))
+        return lax.dynamic_update_slice_in_dim(y, _product(x, weights), start, axis=-1)
+
+    y = jnp.zeros((*x.shape[:-1], out), jnp.float32)
+    return lax.fori_loop(0, -(-out // tile), multiply_tile, y)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return einsum("...i,oi->...o", x, w)
