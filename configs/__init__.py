@@ -1,1 +1,17 @@
-"""Architectures as data: one file each."""
+"""Architectures as data: one file each, found here under the name in `general.architecture`."""
+
+from __future__ import annotations
+
+from scarlet_jax.config import Arch
+from scarlet_jax.configs import qwen35
+from scarlet_jax.errors import BadInput
+
+ARCHITECTURES: dict[str, Arch] = {arch.name: arch for arch in (qwen35.ARCH,)}
+
+
+def find(name: str) -> Arch:
+    """The architecture of that name, or BadInput saying which there are."""
+    if name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise BadInput(f"general.architecture: {name!r} is not supported; expected one of: {known}")
+    return ARCHITECTURES[name]

@@ -1,0 +1,120 @@
+"""Full softmax attention, gated or not (spec section 4, "Full attention")."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from scarlet_jax import config
+from scarlet_jax.ops import attention as ops
+from scarlet_jax.ops import norm, rope
+from scarlet_jax.ops.matmul import linear
+from scarlet_jax.span import Span
+from scarlet_jax.taps import tap
+from scarlet_jax.types import Array, Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Projections (out, in) and per-head norms (H,)."""
+
+    attn_q: Weight
+    attn_k: Weight
+    attn_v: Weight
+    attn_q_norm: Array
+    attn_k_norm: Array
+    attn_output: Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """The cache: keys (after rope) and values of every token so far, (B, S, K, H)."""
+
+    k: Array
+    v: Array
+
+
+# One file tensor that may hold several of ours, row after row.
+FUSED = {"attn_qkv.weight": ("attn_q.weight", "attn_k.weight", "attn_v.weight")}
+
+
+def shapes(cfg: config.Attention, width: int) -> dict[str, tuple[int, ...]]:
+    """File tensor name -> shape, for model width D."""
+    queries = cfg.head_count * cfg.key_length
+    keys = cfg.head_count_kv * cfg.key_length
+    return {
+        "attn_q.weight": (queries * (2 if cfg.gated else 1), width),
+        "attn_k.weight": (keys, width),
+        "attn_v.weight": (keys, width),
+        "attn_q_norm.weight": (cfg.key_length,),
+        "attn_k_norm.weight": (cfg.key_length,),
+        "attn_output.weight": (width, queries),
+    }
+
+
+def init_state(cfg: config.Attention, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> State:
+    """An empty cache for `slots` tokens a sequence."""
+    shape = (batch, slots, cfg.head_count_kv, cfg.key_length)
+    return State(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def mix(w: Weights, x: Array, state: State, span: Span, *, cfg: config.Attention) -> tuple[Array, State]:
+    """x f32 (B, T, D), normed -> f32 (B, T, D) and the cache with this call's keys and values in it."""
+    q, gate = _queries(w, x, cfg)
+    angle = _angles(span.positions, cfg.rope)
+    adjacent = cfg.rope.kind == "norm"
+    q = tap("Qcur", rope.rotate(q, angle, adjacent=adjacent))
+
+    v = tap("Vcur", _heads(tap("Vcur", linear(x, w.attn_v)), cfg.head_count_kv))
+    k = _heads(tap("Kcur", linear(x, w.attn_k)), cfg.head_count_kv)
+    k = _head_norm(k, w.attn_k_norm, cfg.layer_norm_rms_epsilon, "Kcur_normed")
+    k = tap("Kcur", rope.rotate(k, angle, adjacent=adjacent))
+    state = _store(state, k, v, span)
+
+    products = tap("kq", ops.scores(q, state.k))
+    probabilities = tap("kq_soft_max", ops.softmax(products, span.slots, 1 / math.sqrt(cfg.key_length)))
+    out = tap("kqv", ops.mix(probabilities, state.v))
+    out = tap("attn_pregate", out.reshape(*x.shape[:-1], -1))
+    if gate is not None:
+        gate = tap("gate_reshaped", gate.reshape(out.shape))
+        out = tap("attn_gated", out * tap("gate_sigmoid", jax.nn.sigmoid(gate)))
+    return tap("attn_output", linear(out, w.attn_output)), state
+
+
+def _queries(w: Weights, x: Array, cfg: config.Attention) -> tuple[Array, Array | None]:
+    """Normed queries (B, T, N, H), and the output gate where there is one; the file interleaves them a head."""
+    full = tap("Qcur_full", linear(x, w.attn_q))
+    q, *gate = jnp.split(_heads(full, cfg.head_count), 2 if cfg.gated else 1, axis=-1)
+    q = _head_norm(tap("Qcur_reshaped", q), w.attn_q_norm, cfg.layer_norm_rms_epsilon, "Qcur_normed")
+    return q, gate[0] if gate else None
+
+
+def _heads(x: Array, heads: int) -> Array:
+    """(B, T, heads H) -> (B, T, heads, H)."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def _head_norm(x: Array, weight: Array, eps: float, name: str) -> Array:
+    return tap(name, tap("norm", norm.rms(x, eps)) * weight)
+
+
+def _angles(positions: Array, cfg: config.Rope) -> Array:
+    frequency = rope.frequencies(cfg.dimension_count, cfg.freq_base)
+    component = rope.components(cfg.kind, cfg.dimension_sections, len(frequency))
+    return rope.angles(positions, frequency, component)
+
+
+def _store(state: State, k: Array, v: Array, span: Span) -> State:
+    """Write k and v into their slots; padding is sent to a slot that does not exist, and dropped."""
+    slots = jnp.where(span.real, span.slots, state.k.shape[1])
+    sequence = jnp.arange(k.shape[0])[:, None]
+
+    def write(cache: Array, new: Array) -> Array:
+        return cache.at[sequence, slots].set(new.astype(cache.dtype), mode="drop")
+
+    return State(write(state.k, k), write(state.v, v))

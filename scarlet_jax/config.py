@@ -1,0 +1,154 @@
+"""Config: everything that shapes a model's computation, as frozen, hashable (jit-static) data.
+
+A Config says what to compute, never whose model it is: nothing in the engine asks for the name of an
+architecture. Field names are the words of the GGUF keys (`head_count_kv`, `dimension_sections`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of the first `dimension_count` dims of a head; the rest pass through.
+
+    `kind` fixes the pairing of dims (norm: neighbours; the others: halves) and which component of a
+    (time, height, width, extra) position turns which pair (spec section 4, "Rope").
+    """
+
+    kind: Literal["norm", "neox", "mrope", "imrope"]
+    dimension_count: int
+    freq_base: float
+    dimension_sections: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Full softmax attention with grouped key-value heads and a norm on every query and key head."""
+
+    head_count: int
+    head_count_kv: int
+    key_length: int
+    rope: Rope
+    layer_norm_rms_epsilon: float
+    gated: bool  # `attn_q` holds, per head, the query rows and then as many rows of output gate
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta net: a short causal convolution, then linear attention with a decaying state."""
+
+    conv_kernel: int
+    state_size: int  # key and value head dim
+    group_count: int  # key heads
+    time_step_rank: int  # value heads
+    head_mapping: Literal["tile", "repeat"]  # which key head a value head reads: h mod Hk, or h div r
+    layer_norm_rms_epsilon: float
+
+    @property
+    def key_dim(self) -> int:
+        """Width of all key heads together, Hk Dk."""
+        return self.group_count * self.state_size
+
+    @property
+    def value_dim(self) -> int:
+        """Width of all value heads together, Hv Dv."""
+        return self.time_step_rank * self.state_size
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_dim + self.value_dim
+
+    def key_head_of_value_head(self) -> np.ndarray:
+        """int (Hv,): the key head that each value head reads (spec section 3)."""
+        value_heads = np.arange(self.time_step_rank)
+        if self.head_mapping == "tile":
+            return value_heads % self.group_count
+        return value_heads // (self.time_step_rank // self.group_count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """SwiGLU feed-forward network."""
+
+    feed_forward_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One layer: a mixer over tokens, then a feed-forward network, each behind an RMS norm."""
+
+    mixer: Attention | DeltaNet
+    ffn: Dense
+    layer_norm_rms_epsilon: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole model: the trunk's blocks in order, between an embedding and a head."""
+
+    architecture: str
+    name: str
+    context_length: int
+    embedding_length: int
+    vocabulary_size: int
+    layer_norm_rms_epsilon: float
+    blocks: tuple[Block, ...]
+    nextn: tuple[Block, ...] = ()  # multi-token-prediction blocks, after the trunk's in the file
+
+
+class Metadata(Protocol):
+    """What a config function asks of a file: typed look-ups that raise BadInput naming file and key."""
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """An integer."""
+        ...
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A float."""
+        ...
+
+    def string(self, key: str, default: str | None = None) -> str:
+        """A string."""
+        ...
+
+    def integers(self, key: str, length: int, default: int | None = None) -> tuple[int, ...]:
+        """`length` integers (or booleans as 0 and 1): an array, or one value for all."""
+        ...
+
+    def strings(self, key: str, default: list[str] | None = None) -> list[str]:
+        """An array of strings."""
+        ...
+
+    def require(self, condition: bool, key: str, expected: str) -> None:
+        """Raise unless `condition` holds: for values that do not fit together."""
+        ...
+
+    def __contains__(self, key: object, /) -> bool:
+        """Whether the file has this key."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """An architecture as data: how its metadata becomes a Config, and what its tensors are called.
+
+    `names` gives, for a tensor name within a block as the engine knows it, the file's own where the two
+    differ; `ignored` are patterns of tensor names that a file may hold and the engine does not need.
+    """
+
+    name: str
+    config: Callable[[Metadata], Config]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A Config as plain JSON-ready data."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,42 @@
+"""Dense feed-forward network: down(silu(gate x) * up x). Shazeer, 2020 (SwiGLU)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from scarlet_jax import config
+from scarlet_jax.ops.matmul import linear
+from scarlet_jax.taps import tap
+from scarlet_jax.types import Array, Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """gate and up (F, D), down (D, F)."""
+
+    ffn_gate: Weight
+    ffn_up: Weight
+    ffn_down: Weight
+
+
+FUSED: dict[str, tuple[str, ...]] = {}
+
+
+def shapes(cfg: config.Dense, width: int) -> dict[str, tuple[int, ...]]:
+    """File tensor name -> shape, for model width D."""
+    inner = cfg.feed_forward_length
+    return {
+        "ffn_gate.weight": (inner, width),
+        "ffn_up.weight": (inner, width),
+        "ffn_down.weight": (width, inner),
+    }
+
+
+def feed_forward(w: Weights, x: Array, *, cfg: config.Dense) -> Array:
+    """f32 (B, T, D), normed -> f32 (B, T, D)."""
+    del cfg  # the weights' shapes say it all; an MoE's config says more
+    gate, up = tap("ffn_gate", linear(x, w.ffn_gate)), tap("ffn_up", linear(x, w.ffn_up))
+    return tap("ffn_out", linear(tap("ffn_swiglu", jax.nn.silu(gate) * up), w.ffn_down))

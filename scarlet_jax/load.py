@@ -1,0 +1,158 @@
+"""From a GGUF file to a Model: tensors become weight pytrees, by the file's own names.
+
+A weight keeps the bytes of the file. Where the memory map is aligned for XLA (64 bytes) the array is the
+map itself; elsewhere it is copied once, and the map's pages are given back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scarlet_jax import configs, ffn, gguf
+from scarlet_jax.config import Arch, Block, Config
+from scarlet_jax.errors import BadInput
+from scarlet_jax.model import MIXERS, BlockWeights, Model, Weights
+from scarlet_jax.ops.qtensor import QTensor
+from scarlet_jax.types import Weight
+
+XLA_ALIGNMENT = 64  # bytes; XLA:CPU uses host memory in place only where it starts on such a boundary
+FLOATS = ("F32", "F16", "BF16")  # held as plain arrays; every other type stays packed
+
+
+def load(path: str | Path, **options: Any) -> Model:
+    """Load a dense Qwen3.5 GGUF (the first file of a split set too).
+
+    Options are Model's: `context_length`, `kv_dtype`. Raises BadInput for a file that is broken, of an
+    unknown architecture, or whose tensors are not all there and of the right shape.
+    """
+    file = gguf.read(path)
+    arch = configs.find(file.architecture)
+    cfg = arch.config(file.metadata)
+    return Model(file, cfg, weights(file, arch, cfg), **options)
+
+
+def weights(file: gguf.Gguf, arch: Arch, cfg: Config) -> Weights:
+    """The weight pytree of a Config; one BadInput lists every missing, misshapen or unknown tensor."""
+    tensors = _Tensors(file, arch)
+    table = (cfg.vocabulary_size, cfg.embedding_length)
+    token_embd = tensors.weight("token_embd.weight", table)
+    loaded = Weights(
+        token_embd=token_embd,
+        blocks=tuple(_block(tensors, i, block, cfg.embedding_length) for i, block in enumerate(cfg.blocks)),
+        output_norm=tensors.array("output_norm.weight", (cfg.embedding_length,)),
+        output=tensors.weight("output.weight", table) if "output.weight" in file.tensors else token_embd,
+    )
+    prediction = range(len(cfg.blocks), len(cfg.blocks) + len(cfg.nextn))
+    tensors.finish(ignored=(*arch.ignored, *(rf"blk\.{i}\..*" for i in prediction)))
+    return loaded
+
+
+def _block(tensors: _Tensors, index: int, cfg: Block, width: int) -> BlockWeights:
+    mixer = MIXERS[type(cfg.mixer)]
+    return BlockWeights(
+        attn_norm=tensors.array(f"blk.{index}.attn_norm.weight", (width,)),
+        mixer=tensors.group(f"blk.{index}.", mixer, mixer.shapes(cfg.mixer, width)),
+        post_attention_norm=tensors.array(f"blk.{index}.post_attention_norm.weight", (width,)),
+        ffn=tensors.group(f"blk.{index}.", ffn, ffn.shapes(cfg.ffn, width)),
+    )
+
+
+class _Tensors:
+    """The tensors of a file, each taken by name and shape; remembers what was wrong and what was left over."""
+
+    def __init__(self, file: gguf.Gguf, arch: Arch) -> None:
+        self._file = file
+        self._names = arch.names
+        self._unused = set(file.tensors)
+        self._problems: list[str] = []
+
+    def group(self, prefix: str, module: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
+        """A mixer's or network's Weights: fields annotated Array as f32, fields annotated Weight as stored."""
+        taken = self._split_fused(prefix, module.FUSED, shapes)
+        kinds = {field.name: field.type for field in dataclasses.fields(module.Weights)}
+        for name, shape in shapes.items():
+            stem = name.split(".")[0]
+            if stem not in taken:
+                take = self.array if kinds[stem] == "Array" else self.weight
+                taken[stem] = take(prefix + name, shape)
+        return module.Weights(**taken)
+
+    def _split_fused(self, prefix: str, fused: dict[str, tuple[str, ...]], shapes: dict) -> dict[str, Weight]:
+        """Weights stored row after row in one tensor, cut apart where the file has them so: rows are whole blocks."""
+        taken = {}
+        for whole, parts in fused.items():
+            if prefix + whole in self._file.tensors:
+                heights = [shapes[part][0] for part in parts]
+                weight = self.weight(prefix + whole, (sum(heights), shapes[parts[0]][1]))
+                cuts = np.cumsum([0, *heights])
+                for part, start, stop in zip(parts, cuts[:-1], cuts[1:], strict=True):
+                    taken[part.split(".")[0]] = _rows(weight, int(start), int(stop))
+        return taken
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> Weight | None:
+        """A matrix as the file stores it: floats as an array, any other type packed."""
+        tensor = self._take(name, shape)
+        if tensor is None:
+            return None
+        scale = self._scale(name)
+        if tensor.qtype in FLOATS and scale is None:
+            return _place(tensor, tensor.array())
+        return QTensor(_place(tensor, tensor.data), tensor.qtype, scale)
+
+    def array(self, name: str, shape: tuple[int, ...]) -> jax.Array | None:
+        """A vector or a small table, in f32."""
+        tensor = self._take(name, shape)
+        if tensor is None:
+            return None
+        if tensor.qtype not in FLOATS:
+            self._problems.append(f"{name} is {tensor.qtype}, expected one of {', '.join(FLOATS)}")
+            return None
+        return jnp.asarray(tensor.array(), jnp.float32)
+
+    def _scale(self, name: str) -> jax.Array | None:
+        """The factor stored beside a weight, `X.scale` for `X.weight`, or None."""
+        scale = name.removesuffix(".weight") + ".scale"
+        return self.array(scale, (1,)) if scale in self._file.tensors else None
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> gguf.Tensor | None:
+        name = self._names.get(name, name)
+        tensor = self._file.tensors.get(name)
+        self._unused.discard(name)
+        if tensor is None:
+            self._problems.append(f"{name} is missing")
+        elif tensor.shape != shape:
+            self._problems.append(f"{name} has shape {tensor.shape}, expected {shape}")
+        else:
+            return tensor
+        return None
+
+    def finish(self, ignored: tuple[str, ...]) -> None:
+        """Raise BadInput if anything was wrong, or left over and not matched by `ignored`."""
+        left = sorted(name for name in self._unused if not any(re.fullmatch(p, name) for p in ignored))
+        problems = self._problems + [f"{name} is not a tensor of this architecture" for name in left]
+        if problems:
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise BadInput(f"{self._file.path}: {'; '.join(problems[:8])}{more}")
+
+
+def _rows(weight: Weight | None, start: int, stop: int) -> Weight | None:
+    """Rows [start, stop) of a matrix, packed or not."""
+    if isinstance(weight, QTensor):
+        return dataclasses.replace(weight, blocks=weight.blocks[start:stop])
+    return None if weight is None else weight[start:stop]
+
+
+def _place(tensor: gguf.Tensor, view: np.ndarray) -> jax.Array:
+    """Hand a view of the memory map to JAX: in place if it can be, else by one copy."""
+    placed = jax.device_put(view)
+    if view.ctypes.data % XLA_ALIGNMENT or placed.device.platform != "cpu":
+        placed.block_until_ready()
+        tensor.release()
+    return placed

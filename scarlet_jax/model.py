@@ -1,0 +1,347 @@
+"""The model: embedding, blocks, head; and the boundary where Python meets compiled programs.
+
+Compiled piece by piece: one program for the embedding, one for each *kind* of block (layers of the same
+shapes and quant types share it), one for the head. Compiling 24 unrolled layers takes six times as long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scarlet_jax import attention, config, delta_net, ffn
+from scarlet_jax.errors import BadInput
+from scarlet_jax.ops import matmul, norm
+from scarlet_jax.span import Span
+from scarlet_jax.taps import collect, tap
+from scarlet_jax.types import Array, Weight
+
+if TYPE_CHECKING:
+    from scarlet_jax.gguf import Gguf
+    from scarlet_jax.tokenizer import Tokenizer
+
+# The module of each mixer: its Weights, State, shapes, init_state and mix.
+MIXERS: dict[type, Any] = {config.Attention: attention, config.DeltaNet: delta_net}
+
+PIECE = (
+    512  # longest stretch of tokens computed at once: bounds the memory of attention scores and activations
+)
+SLOTS = 256  # the smallest cache; larger ones double, so that few shapes are ever compiled
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockWeights:
+    """One layer: the norms before mixer and feed-forward network (D,), and their weights."""
+
+    attn_norm: Array
+    mixer: Any
+    post_attention_norm: Array
+    ffn: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A whole model; `output` is `token_embd` itself where the head is tied."""
+
+    token_embd: Weight
+    blocks: tuple[BlockWeights, ...]
+    output_norm: Array
+    output: Weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that a batch of sequences remembers: a mixer state a layer, and tokens seen so far, int32 (B,)."""
+
+    blocks: tuple[Any, ...]
+    length: Array
+
+
+class Traced(NamedTuple):
+    """The outcome of a stretch of tokens: hidden states (B, T, D) before the final norm, state, and taps."""
+
+    hidden: Array
+    state: State
+    taps: dict[str, Array]
+
+
+def block(w: BlockWeights, x: Array, state: Any, span: Span, *, cfg: config.Block) -> tuple[Array, Any]:
+    """One layer on the residual stream x f32 (B, T, D)."""
+    normed = _norm(x, w.attn_norm, cfg.layer_norm_rms_epsilon, "attn_norm")
+    mixed, state = MIXERS[type(cfg.mixer)].mix(w.mixer, normed, state, span, cfg=cfg.mixer)
+    x = tap("attn_residual", x + mixed)
+    normed = _norm(x, w.post_attention_norm, cfg.layer_norm_rms_epsilon, "attn_post_norm")
+    return tap("l_out", x + ffn.feed_forward(w.ffn, normed, cfg=cfg.ffn)), state
+
+
+def _norm(x: Array, weight: Array, eps: float, name: str) -> Array:
+    return tap(name, tap("norm", norm.rms(x, eps)) * weight)
+
+
+def _run_block(w, x, state, span, cfg, tapped):
+    with collect(tapped) as taps:
+        x, state = block(w, x, state, span, cfg=cfg)
+    return x, state, taps
+
+
+_jit_block = functools.partial(jax.jit, static_argnames=("cfg", "tapped"))
+run_block = _jit_block(_run_block)
+run_block_in_place = _jit_block(_run_block, donate_argnames="state")  # the caller gives its state up
+
+embed = jax.jit(matmul.embed)
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "tapped"))
+def head(output_norm, output, hidden, eps, tapped=False):
+    """Final norm and projection to logits: f32 (..., D) -> f32 (..., V), and taps."""
+    with collect(tapped) as taps:
+        x = _norm(hidden, output_norm, eps, "h_nextn")
+        tap("result_norm", x)
+        logits = tap("result_output", matmul.linear(x, output))
+    return logits, taps
+
+
+@jax.jit
+def _last(hidden: Array, count: Array) -> Array:
+    """The hidden state of each sequence's last real token: (B, T, D) -> (B, 1, D)."""
+    return jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)
+
+
+def init_state(cfg: config.Config, batch: int, slots: int, kv_dtype: Any = jnp.float32) -> State:
+    """The state of `batch` sequences before their first token, with room for `slots` tokens each."""
+    blocks = tuple(MIXERS[type(b.mixer)].init_state(b.mixer, batch, slots, kv_dtype) for b in cfg.blocks)
+    return State(blocks, jnp.zeros(batch, jnp.int32))
+
+
+def trunk(
+    weights: Weights,
+    tokens: Array,
+    count: Array,
+    state: State,
+    cfg: config.Config,
+    *,
+    tapped: bool = False,
+    in_place: bool = False,
+    positions: Array | None = None,
+) -> Traced:
+    """Run tokens int32 (B, T), of which the first `count` (B,) of each row are real, through all blocks.
+
+    With `in_place` the buffers of `state` are reused and `state` is gone. `positions` int32 (4, B, T)
+    replaces those of plain text.
+    """
+    span = Span.text(state.length, count, tokens.shape[1])
+    if positions is not None:
+        span = dataclasses.replace(span, positions=positions)
+    step = run_block_in_place if in_place else run_block
+    x = embed(weights.token_embd, tokens)
+    seen = {"model.input_embed": x} if tapped else {}
+    states = []
+    for i, (w, mixer_state, block_cfg) in enumerate(
+        zip(weights.blocks, state.blocks, cfg.blocks, strict=True)
+    ):
+        x, mixer_state, taps = step(w, x, mixer_state, span, block_cfg, tapped)
+        states.append(mixer_state)
+        seen |= {f"{name}-{i}": value for name, value in taps.items()}
+    return Traced(x, State(tuple(states), state.length + count), seen)
+
+
+def forward(weights, tokens, state, cfg) -> tuple[Array, State]:
+    """The pure function whole: int32 (B, T), no padding -> logits f32 (B, T, V) and the state after them."""
+    count = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    traced = trunk(weights, tokens, count, state, cfg)
+    logits, _ = head(weights.output_norm, weights.output, traced.hidden, cfg.layer_norm_rms_epsilon)
+    return logits, traced.state
+
+
+class Piece(NamedTuple):
+    """A stretch of a batch, padded to a length that is compiled once: tokens (B, bucket), real ones (B,)."""
+
+    tokens: np.ndarray
+    count: np.ndarray
+    width: int  # the longest count
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a caller passed as tokens: int32 (B, T), rows zero-padded, their lengths (B,), and whether it was one row."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    single: bool
+
+    @classmethod
+    def of(cls, tokens: Any, vocabulary_size: int) -> Batch:
+        """Check ids and lengths; BadInput for an empty sequence or an id outside the vocabulary."""
+        single = np.ndim(tokens[0]) == 0 if len(tokens) else True
+        rows = [np.asarray(row) for row in ([tokens] if single else tokens)]
+        if not all(row.size for row in rows):
+            raise BadInput("tokens: empty; expected at least one token")
+        for row in rows:
+            _check_ids(row, vocabulary_size)
+        padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
+        for target, row in zip(padded, rows, strict=True):
+            target[: len(row)] = row
+        return cls(padded, np.array([len(row) for row in rows], np.int32), single)
+
+    def pieces(self) -> Iterator[Piece]:
+        """At most PIECE tokens at a time, padded to a power of two."""
+        for start in range(0, self.tokens.shape[1], PIECE):
+            part = self.tokens[:, start : start + PIECE]
+            width = part.shape[1]
+            padding = (1 << (width - 1).bit_length()) - width
+            yield Piece(
+                np.pad(part, ((0, 0), (0, padding))),
+                np.clip(self.lengths - start, 0, width).astype(np.int32),
+                width,
+            )
+
+
+def _check_ids(row: np.ndarray, vocabulary_size: int) -> None:
+    if not np.issubdtype(row.dtype, np.integer):
+        raise BadInput(f"tokens: of type {row.dtype}; expected integers")
+    outside = row[(row < 0) | (row >= vocabulary_size)]
+    if outside.size:
+        raise BadInput(
+            f"tokens: id {outside[0]} is outside the vocabulary; expected 0 to {vocabulary_size - 1}"
+        )
+
+
+class Model:
+    """A loaded model: `.config`, `.weights`, `.tokenizer`, and functions from tokens to logits.
+
+    Tokens are one sequence of ids, (T,), or several: an int array (B, T), or lists of different lengths.
+    A state returned by one call continues the text in the next; it is a snapshot that any number of
+    continuations may start from, unless a call is told to consume it.
+    """
+
+    def __init__(
+        self,
+        gguf: Gguf,
+        cfg: config.Config,
+        weights: Weights,
+        *,
+        context_length: int | None = None,
+        kv_dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> None:
+        self.gguf = gguf
+        self.config = cfg
+        self.weights = weights
+        self.context_length = context_length or cfg.context_length
+        self.kv_dtype = kv_dtype
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the file."""
+        from scarlet_jax.tokenizer import Tokenizer
+
+        return Tokenizer.from_gguf(self.gguf)
+
+    def forward(self, tokens: Any, state: State | None = None) -> tuple[Array, State]:
+        """Logits after every token, f32 (T, V), or (B, T, V) for several sequences, and the state.
+
+        Rows past the end of a shorter sequence are undefined.
+        """
+        batch, state = self._enter(tokens, state)
+        logits = []
+        for piece in batch.pieces():
+            hidden, state, _ = self._trunk(piece, state)
+            logits.append(self._head(hidden)[0][:, : piece.width])
+        joined = jnp.concatenate(logits, axis=1)
+        return (joined[0] if batch.single else joined), state
+
+    def last_logits(
+        self, tokens: Any, state: State | None = None, *, consume: bool = False
+    ) -> tuple[Array, State]:
+        """Logits after the last token only, f32 (V,) or (B, V), and the state: what generation needs.
+
+        With `consume` the buffers of `state` are reused, which spares a copy of the cache; it is gone after.
+        """
+        batch, state = self._enter(tokens, state)
+        last = None
+        for piece in batch.pieces():
+            hidden, state, _ = self._trunk(piece, state, in_place=consume)
+            latest = _last(hidden, piece.count)
+            last = latest if last is None else jnp.where(piece.count[:, None, None] > 0, latest, last)
+            consume = True  # from here on the state is our own
+        logits = self._head(last)[0][:, 0]
+        return (logits[0] if batch.single else logits), state
+
+    def taps(self, tokens: Any, select: str | None = None) -> dict[str, np.ndarray]:
+        """Every activation of one sequence under llama.cpp's name, in execution order, token axis first.
+
+        `select` is a regular expression that a name has to contain a match of.
+        """
+        return self.forward_with_taps(tokens, None, select)[2]
+
+    def forward_with_taps(
+        self, tokens: Any, state: State | None = None, select: str | None = None
+    ) -> tuple[Array, State, dict[str, np.ndarray]]:
+        """`forward` of one sequence, unpadded and in one piece, and its taps."""
+        batch, state = self._enter(tokens, state)
+        if not batch.single:
+            raise BadInput("tokens: several sequences; expected one, to tap its activations")
+        hidden, state, taps = self._trunk(
+            Piece(batch.tokens, batch.lengths, batch.tokens.shape[1]), state, tapped=True
+        )
+        logits, head_taps = self._head(hidden, tapped=True)
+        wanted = re.compile(select or "")
+        named = {name: np.asarray(x[0]) for name, x in (taps | head_taps).items() if wanted.search(name)}
+        return logits[0], state, named
+
+    def generate(self, tokens: Any, **options: Any) -> Iterator[int]:
+        """Continue one sequence, token by token: see `scarlet_jax.generate.generate`."""
+        from scarlet_jax.generate import generate
+
+        return generate(self, tokens, **options)
+
+    def init_state(self, batch: int = 1, slots: int = SLOTS) -> State:
+        """An empty state, with room for `slots` tokens a sequence (it grows when they run out)."""
+        return init_state(self.config, batch, _bucket(slots), self.kv_dtype)
+
+    def _enter(self, tokens: Any, state: State | None) -> tuple[Batch, State]:
+        """The checked batch, and a state with room for it."""
+        batch = Batch.of(tokens, self.config.vocabulary_size)
+        rows = len(batch.lengths)
+        if state is None:
+            state = self.init_state(rows, int(batch.lengths.max()))
+        if len(state.length) != rows:
+            raise BadInput(f"tokens: {rows} sequences; expected {len(state.length)}, as in the state")
+        needed = int((np.asarray(state.length) + batch.lengths).max())
+        if needed > self.context_length:
+            raise BadInput(
+                f"tokens: {needed} with those before them; the context holds {self.context_length}"
+            )
+        return batch, self._grown(state, needed)
+
+    def _grown(self, state: State, needed: int) -> State:
+        """`state` with room for `needed` tokens a sequence: its caches copied into larger ones if they must be."""
+        larger = functools.partial(init_state, self.config, len(state.length), _bucket(needed), self.kv_dtype)
+        target = jax.eval_shape(larger)
+        if all(new.size <= old.size for new, old in zip(*map(jax.tree.leaves, (target, state)), strict=True)):
+            return state
+        copy = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)  # noqa: E731
+        return jax.tree.map(copy, larger(), state)
+
+    def _trunk(self, piece: Piece, state: State, **options: Any) -> Traced:
+        return trunk(
+            self.weights, jnp.asarray(piece.tokens), jnp.asarray(piece.count), state, self.config, **options
+        )
+
+    def _head(self, hidden: Array, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
+        weights, eps = self.weights, self.config.layer_norm_rms_epsilon
+        return head(weights.output_norm, weights.output, hidden, eps, tapped)
+
+
+def _bucket(slots: int) -> int:
+    """The next size of cache: SLOTS, doubled as often as needed."""
+    return max(SLOTS, 1 << (slots - 1).bit_length())

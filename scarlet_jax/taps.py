@@ -1,0 +1,36 @@
+"""Taps: a look at any activation, free when nobody looks.
+
+A layer says `x = tap("attn_norm", x)`. With no collector open that is `x` itself: the traced program is
+the one without the call. A collector has to be open while the program is *traced*, inside the jitted
+function, and what it caught has to be returned from that function; `model.run_block` does both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+from scarlet_jax.types import Array
+
+_collector: contextvars.ContextVar[dict[str, Array] | None] = contextvars.ContextVar("taps", default=None)
+
+
+def tap(name: str, x: Array) -> Array:
+    """Return `x`, showing it to the open collector under llama.cpp's name for it, without the layer number."""
+    taps = _collector.get()
+    if taps is not None:
+        taps.pop(name, None)  # a name that occurs twice keeps the last, at its own place in the order
+        taps[name] = x
+    return x
+
+
+@contextlib.contextmanager
+def collect(wanted: bool) -> Iterator[dict[str, Array]]:
+    """Catch every tap of the code within, in order; with `wanted` false, none."""
+    taps: dict[str, Array] = {}
+    token = _collector.set(taps if wanted else None)
+    try:
+        yield taps
+    finally:
+        _collector.reset(token)
