@@ -119,14 +119,14 @@ def _lookup(table: np.ndarray, index: jax.Array) -> jax.Array:
 def _ldexp(k: jax.Array, exponent: jax.Array) -> jax.Array:
     """`k * 2^exponent` in f32, built from integers alone, so that a subnormal result is not flushed.
 
-    For int32 0 <= k < 2^24 whose product is a multiple of 2^-149; past the largest f32 it is infinite.
+    For int32 0 <= k < 2^24 and exponent >= -149, that of the smallest subnormal. Infinite if too large.
     """
-    ones = lax.bitcast_convert_type(_f32(k), jnp.int32)  # of k itself: exponent field, mantissa field
-    field = (ones >> 23) + exponent
-    normal = ones + (exponent << 23)
-    subnormal = k << jnp.clip(exponent + 149, 0, 7)
+    bits = _view(_f32(k), jnp.int32)
+    field = (bits >> 23) + exponent
+    normal = bits + (exponent << 23)
+    subnormal = k << (exponent + 149)
     bits = jnp.where(field < 1, subnormal, jnp.where(field > 254, 0x7F800000, normal))
-    return lax.bitcast_convert_type(jnp.where(k == 0, 0, bits), jnp.float32)
+    return _view(jnp.where(k == 0, 0, bits), jnp.float32)
 
 
 # --- codebooks, from the gguf package ---------------------------------------------------------------
@@ -377,12 +377,11 @@ def q2_0(blocks: jax.Array) -> jax.Array:
 
 
 def mxfp4(blocks: jax.Array) -> jax.Array:
-    """`2^(e - 127) E2M1[q]` (OCP Microscaling 1.0): from integers, as it goes down to 2^-128."""
+    """`2^(e - 127) E2M1[q]` (OCP Microscaling 1.0), from integers: its steps go down to 2^-128."""
     e, qs = _fields(blocks, 1, 16)
     doubled = _lookup(_E2M1_DOUBLED, _nibbles(qs, 16))
     magnitude = _ldexp(abs(doubled), e.astype(jnp.int32) - 128)
-    sign = _view(magnitude, jnp.uint32) | (_view(doubled, jnp.uint32) >> 31 << 31)
-    return _view(sign, jnp.float32)
+    return jnp.where(doubled < 0, -magnitude, magnitude)
 
 
 def _ue4m3(x: jax.Array) -> jax.Array:
