@@ -44,14 +44,11 @@ def chunked(q, k, v, g, beta, state):
     chunk = min(CHUNK, 1 << (tokens - 1).bit_length())
     q, k, v, g, beta = (_chunks(x, chunk) for x in (q, k, v, g, beta))  # (B, n, Hv, chunk, ...)
 
-    total = jnp.cumsum(g, axis=-1)  # log decay since the start of the chunk
-    between = total[..., :, None] - total[..., None, :]
-    upto = jnp.tril(jnp.ones((chunk, chunk), bool))
-    decay = jnp.exp(jnp.where(upto, between, -jnp.inf))  # masked before exp: above the diagonal it overflows
-    since_start = jnp.exp(total)[..., None]
-    to_end = jnp.exp(total[..., -1:] - total)[..., None]
+    decay = jnp.exp(_log_decay(g))
+    since_start = jnp.exp(jnp.cumsum(g, axis=-1))[..., None]
+    to_end = decay[..., -1, :, None]
 
-    # (I + A) u = beta v: what each token writes, given what the chunk's earlier ones wrote (A is strictly lower).
+    # (I + A) u = beta v: what each token writes, given what the earlier ones of the chunk wrote.
     coupling = einsum("bnhik,bnhjk->bnhij", beta[..., None] * k, k) * jnp.tril(decay, -1)
     written, read = _solve(coupling, beta[..., None] * v, beta[..., None] * since_start * k)
     within = einsum("bnhik,bnhjk->bnhij", q, k) * decay
@@ -63,9 +60,20 @@ def chunked(q, k, v, g, beta, state):
         state = keep[..., None, None] * state + einsum("bhiv,bhik->bhvk", new, k_end)
         return state, o
 
-    per_chunk = (written, read, within, since_start * q, to_end * k, jnp.exp(total[..., -1]))
+    per_chunk = (written, read, within, since_start * q, to_end * k, since_start[..., -1, 0])
     state, o = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), per_chunk))
     return _unchunk(o)[:, :tokens], state
+
+
+def _log_decay(g: jax.Array) -> jax.Array:
+    """Log of what is left at token i of what j wrote, (..., i, j): the sum of g over j < l <= i; -inf above.
+
+    Summed from j on, not as a difference of two running totals: those grow to hundreds where a head forgets
+    fast, and their difference would be left with a few digits.
+    """
+    chunk = g.shape[-1]
+    steps = jnp.where(jnp.tri(chunk, k=-1, dtype=bool), g[..., :, None], 0)
+    return jnp.where(jnp.tri(chunk, dtype=bool), jnp.cumsum(steps, axis=-2), -jnp.inf)
 
 
 def _check(q, k, v, g, beta, state):
