@@ -1,4 +1,4 @@
-"""qwen35: dense Qwen3.5, gated delta net layers with a gated full attention layer every few (spec sections 1, 2)."""
+"""qwen35: dense Qwen3.5, delta net layers with a gated attention layer every few (spec sections 1 and 2)."""
 
 from __future__ import annotations
 

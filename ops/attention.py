@@ -20,7 +20,7 @@ def scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def softmax(products: jax.Array, position: jax.Array, scale: float) -> jax.Array:
-    """Causal softmax of f32 (B, T, N, S): the token in slot `position` (B, T) sees that slot and those before."""
+    """Causal softmax of f32 (B, T, N, S): the token in slot `position` (B, T) sees slots up to its own."""
     seen = jnp.arange(products.shape[-1]) <= position[:, :, None]
     return jax.nn.softmax(jnp.where(seen[:, :, None], products * scale, -jnp.inf), axis=-1)
 

@@ -20,9 +20,9 @@ def causal_conv(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def history(inputs: jax.Array, count: jax.Array, width: int) -> jax.Array:
-    """The W-1 rows of `inputs` (B, W-1+T, C) that precede the token after the `count`-th (B,): the next state.
+    """The next state: the last W-1 rows of `inputs` (B, W-1+T, C) once `count` (B,) of its T are taken.
 
-    With count below T the rest of `inputs` is padding and leaves no trace.
+    The tokens after those are padding and leave no trace.
     """
     rows = count[:, None] + jnp.arange(width - 1)
     return jnp.take_along_axis(inputs, rows[:, :, None], axis=1)

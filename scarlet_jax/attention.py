@@ -87,7 +87,7 @@ def mix(w: Weights, x: Array, state: State, span: Span, *, cfg: config.Attention
 
 
 def _queries(w: Weights, x: Array, cfg: config.Attention) -> tuple[Array, Array | None]:
-    """Normed queries (B, T, N, H), and the output gate where there is one; the file interleaves them a head."""
+    """Normed queries (B, T, N, H), and the output gate if there is one: the file interleaves them by head."""
     full = tap("Qcur_full", linear(x, w.attn_q))
     q, *gate = jnp.split(_heads(full, cfg.head_count), 2 if cfg.gated else 1, axis=-1)
     q = _head_norm(tap("Qcur_reshaped", q), w.attn_q_norm, cfg.layer_norm_rms_epsilon, "Qcur_normed")

@@ -35,7 +35,7 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """The last W-1 convolution inputs (B, W-1, C), oldest first, and the delta rule's memory (B, Hv, Dv, Dk)."""
+    """The last W-1 convolution inputs (B, W-1, C), oldest first; the delta rule's memory (B, Hv, Dv, Dk)."""
 
     conv: Array
     memory: Array
@@ -61,10 +61,9 @@ def shapes(cfg: config.DeltaNet, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def init_state(cfg: config.DeltaNet, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> State:
-    """The state before the first token, all zeros; its size does not depend on `slots`, nor its dtype on `dtype`.
+    """The state before the first token, all zeros; of one size for any `slots`, and f32 for any `dtype`.
 
-    It stays f32: rounding the memory every token accumulates (published faults F056, F059 and F061 of such
-    engines all came from a 16-bit state).
+    A 16-bit memory would be rounded at every token, and the errors add up until the text falls apart.
     """
     del slots, dtype
     return State(
@@ -112,7 +111,7 @@ def _split_heads(qkv: Array, cfg: config.DeltaNet) -> tuple[Array, Array, Array]
 
 
 def _gates(w: Weights, x: Array, span: Span) -> tuple[Array, Array]:
-    """Log decay g <= 0 and writing strength beta, (B, T, Hv); both 0 for padding, so that it changes nothing."""
+    """Log decay g <= 0 and writing strength beta, (B, T, Hv); 0 for padding, so that it changes nothing."""
     alpha = tap("alpha", linear(x, w.ssm_alpha))
     g = tap("gate", tap("a_softplus", jax.nn.softplus(alpha + w.ssm_dt)) * w.ssm_a)
     beta = tap("beta", linear(x, w.ssm_beta)[..., None])  # llama.cpp's (B, T, Hv, 1)

@@ -65,7 +65,7 @@ def _block(tensors: _Tensors, index: int, cfg: Block, width: int) -> BlockWeight
 
 
 class _Tensors:
-    """The tensors of a file, each taken by name and shape; remembers what was wrong and what was left over."""
+    """The tensors of a file, taken by name and shape; remembers what was wrong and what was left over."""
 
     def __init__(self, file: gguf.Gguf, arch: Arch) -> None:
         self._file = file
@@ -74,7 +74,7 @@ class _Tensors:
         self._problems: list[str] = []
 
     def group(self, prefix: str, module: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
-        """A mixer's or network's Weights: fields annotated Array as f32, fields annotated Weight as stored."""
+        """A mixer's or network's Weights: fields annotated Array in f32, those annotated Weight as stored."""
         taken = self._split_fused(prefix, module.FUSED, shapes)
         kinds = {field.name: field.type for field in dataclasses.fields(module.Weights)}
         for name, shape in shapes.items():
@@ -85,7 +85,7 @@ class _Tensors:
         return module.Weights(**taken)
 
     def _split_fused(self, prefix: str, fused: dict[str, tuple[str, ...]], shapes: dict) -> dict[str, Weight]:
-        """Weights stored row after row in one tensor, cut apart where the file has them so: rows are whole blocks."""
+        """Weights that the file stores row after row in one tensor, cut apart: rows are whole blocks."""
         taken = {}
         for whole, parts in fused.items():
             if prefix + whole in self._file.tensors:

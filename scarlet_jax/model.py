@@ -173,7 +173,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a caller passed as tokens: int32 (B, T), rows zero-padded, their lengths (B,), and whether it was one row."""
+    """What a caller passed as tokens: int32 (B, T), zero-padded, lengths (B,), and whether it was one row."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -324,7 +324,7 @@ class Model:
         return batch, self._grown(state, needed)
 
     def _grown(self, state: State, needed: int) -> State:
-        """`state` with room for `needed` tokens a sequence: its caches copied into larger ones if they must be."""
+        """`state` with room for `needed` tokens a sequence, its caches copied into larger ones if need be."""
         larger = functools.partial(init_state, self.config, len(state.length), _bucket(needed), self.kv_dtype)
         target = jax.eval_shape(larger)
         if all(new.size <= old.size for new, old in zip(*map(jax.tree.leaves, (target, state)), strict=True)):

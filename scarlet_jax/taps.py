@@ -17,7 +17,7 @@ _collector: contextvars.ContextVar[dict[str, Array] | None] = contextvars.Contex
 
 
 def tap(name: str, x: Array) -> Array:
-    """Return `x`, showing it to the open collector under llama.cpp's name for it, without the layer number."""
+    """Return `x`, showing it to the open collector under llama.cpp's name for it, less the layer number."""
     taps = _collector.get()
     if taps is not None:
         taps.pop(name, None)  # a name that occurs twice keeps the last, at its own place in the order
