@@ -26,13 +26,11 @@ _NOT_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}
 TYPE_IDS = {t.name: int(t) for t in gguf.GGMLQuantizationType} | {"Q1_0": 41, "Q2_0": 42}
 TYPE_IDS = {name: number for name, number in TYPE_IDS.items() if name not in _NOT_WEIGHTS}
 
-EvalCallback = ctypes.CFUNCTYPE(
-    ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p
-)  # (tensor, ask, user data) -> go on?
+# (tensor, asking whether it is wanted or telling that it is there, user data) -> wanted, or: go on
+EvalCallback = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
 LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-ToFloat = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
-)  # (blocks, floats, elements)
+# (blocks, floats, number of elements)
+ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 LOG_ERROR = 4
 

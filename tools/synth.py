@@ -1,0 +1,613 @@
+"""Writes a random model of a real shape, quantised by llama.cpp's own quantiser.
+
+Weights are scaled so that activations stay of order one through every layer and logits are spread as a
+trained model's are. The same seed gives the same weights whatever the quant type, so that an F32 file is the
+truth behind a Q4_K_M one.
+
+example: scarlet synth tiny.gguf --size tiny --quant Q4_K_M
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import enum
+import math
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from scarlet_jax.errors import BadInput
+from scarlet_jax.tools import synth_vocabulary
+from scarlet_jax.tools.engines import ggml
+
+CHUNK_ELEMENTS = 1 << 20  # weights drawn and packed at a time: a few MiB a thread, whatever the model
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Every size of a model, by the words of its GGUF keys; the default is "tiny".
+
+    All axes are free. `recurrent_layers`, where given, lists the delta net layers, and then
+    `full_attention_interval` is not written. `fused_qkv` stores a full attention layer's q, k and v as one
+    tensor; `scales` adds an `X.scale` tensor to each weight; `nextn_predict_layers` adds prediction blocks
+    after the `block_count` trunk layers (the file's own count is their sum).
+    """
+
+    arch: str = "qwen35"
+    block_count: int = 4
+    context_length: int = 4096
+    embedding_length: int = 256
+    feed_forward_length: int = 1024
+    vocab_size: int = 512
+    head_count: int = 8
+    head_count_kv: int = 2
+    key_length: int = 64
+    dimension_count: int = 32
+    dimension_sections: tuple[int, int, int, int] = (6, 5, 5, 0)
+    freq_base: float = 1e7
+    layer_norm_rms_epsilon: float = 1e-6
+    full_attention_interval: int = 4
+    recurrent_layers: tuple[bool, ...] | None = None
+    conv_kernel: int = 4
+    state_size: int = 128
+    group_count: int = 2
+    time_step_rank: int = 6
+    nextn_predict_layers: int = 0
+    tied: bool = True
+    fused_qkv: bool = False
+    scales: bool = False
+    alignment: int = 32
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the delta net's values, Hv Dv."""
+        return self.time_step_rank * self.state_size
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the delta net's convolution: q, k and v."""
+        return 2 * self.group_count * self.state_size + self.inner_size
+
+    def is_recurrent(self, block: int) -> bool:
+        """Whether trunk layer `block` is a delta net; prediction blocks never are."""
+        if block >= self.block_count:
+            return False
+        if self.recurrent_layers is not None:
+            return self.recurrent_layers[block]
+        return (block + 1) % self.full_attention_interval != 0
+
+
+def _published(
+    layers: int, width: int, ffn: int, heads: int, heads_kv: int, value_heads: int, *, tied: bool
+) -> Shape:
+    return Shape(
+        block_count=layers,
+        context_length=262144,
+        embedding_length=width,
+        feed_forward_length=ffn,
+        vocab_size=248320,
+        head_count=heads,
+        head_count_kv=heads_kv,
+        key_length=256,
+        dimension_count=64,
+        dimension_sections=(11, 11, 10, 0),
+        group_count=16,
+        time_step_rank=value_heads,
+        tied=tied,
+    )
+
+
+# Spec section 1, "Published sizes", without the prediction block (most published files lack it).
+SIZES = {
+    ("qwen35", "tiny"): Shape(),
+    ("qwen35", "0.8b"): _published(24, 1024, 3584, 8, 2, 16, tied=True),
+    ("qwen35", "2b"): _published(24, 2048, 6144, 8, 2, 16, tied=True),
+    ("qwen35", "4b"): _published(32, 2560, 9216, 16, 4, 32, tied=True),
+    ("qwen35", "9b"): _published(32, 4096, 12288, 16, 4, 32, tied=False),
+    ("qwen35", "27b"): _published(64, 5120, 17408, 24, 4, 48, tied=False),
+}
+
+
+# ------------------------------------------------------------------------------
+# What the weights are
+# ------------------------------------------------------------------------------
+
+Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]  # (generator, shape) -> f32 array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written: row-major shape, and how a part of its rows is drawn."""
+
+    name: str
+    shape: tuple[int, ...]
+    draw: Draw
+    qtype: str = "F32"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row."""
+        elements, size = ggml.library().block_size(self.qtype)
+        return self.shape[-1] // elements * size
+
+    @property
+    def rows(self) -> int:
+        """Rows of all leading axes together."""
+        return math.prod(self.shape[:-1])
+
+
+def _matrix(gain: float = 1.0) -> Draw:
+    """Weights that map inputs of order one to outputs of order `gain`, with somewhat heavy tails."""
+
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(shape, np.float32)
+        tail = 0.05  # of each value's cube: kurtosis 5 instead of 3
+        stretched = np.square(x)
+        stretched *= tail
+        stretched += 1
+        x *= stretched
+        row_norms = np.exp(
+            0.2 * rng.standard_normal((*shape[:-1], 1), np.float32)
+        )  # rows differ, as trained ones do
+        variance = (1 + 6 * tail + 15 * tail**2) * math.exp(2 * 0.2**2) * shape[-1]
+        x *= row_norms * np.float32(gain / math.sqrt(variance))
+        return x
+
+    return draw
+
+
+def _around(mean: float, spread: float = 0.2) -> Draw:
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        return np.float32(mean) * (1 + np.float32(spread) * rng.standard_normal(shape, np.float32))
+
+    return draw
+
+
+def _decay(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """ssm_a = -exp(A_log), with exp(A_log) uniform in 1 to 16 as the delta net papers start it."""
+    return -rng.uniform(1, 16, shape).astype(np.float32)
+
+
+def _time_step_bias(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse softplus of time steps spread evenly in logarithm from 0.001 to 0.1."""
+    step = np.exp(rng.uniform(math.log(1e-3), math.log(1e-1), shape))
+    return np.log(np.expm1(step)).astype(np.float32)
+
+
+def _constant(value: float) -> Draw:
+    return lambda _rng, shape: np.full(shape, value, np.float32)
+
+
+WEIGHT_SCALE = 0.75  # the value of every `X.scale`, where there are any
+
+Stems = dict[str, tuple[tuple[int, ...], Draw]]  # tensor name within a block -> shape, draw
+
+
+def _attention(s: Shape, out_gain: float) -> Stems:
+    """Gated full attention: per head, the query rows and then the gate rows."""
+    d, width = s.key_length, s.embedding_length
+    q, kv = 2 * s.head_count * d, s.head_count_kv * d
+    rows = {"attn_qkv": q + 2 * kv} if s.fused_qkv else {"attn_q": q, "attn_k": kv, "attn_v": kv}
+    return {
+        **{f"{stem}.weight": ((n, width), _matrix()) for stem, n in rows.items()},
+        "attn_q_norm.weight": ((d,), _around(1.5)),  # above one: attention that chooses
+        "attn_k_norm.weight": ((d,), _around(1.5)),
+        "attn_output.weight": ((width, s.head_count * d), _matrix(out_gain)),
+    }
+
+
+def _delta_net(s: Shape, out_gain: float) -> Stems:
+    """Gated delta net (spec section 2, "recurrent")."""
+    width, heads = s.embedding_length, s.time_step_rank
+    return {
+        "attn_qkv.weight": ((s.conv_channels, width), _matrix()),
+        "attn_gate.weight": ((s.inner_size, width), _matrix()),
+        "ssm_conv1d.weight": ((s.conv_channels, s.conv_kernel), _matrix(1.5)),
+        "ssm_alpha.weight": ((heads, width), _matrix()),
+        "ssm_beta.weight": ((heads, width), _matrix()),
+        "ssm_dt.bias": ((heads,), _time_step_bias),
+        "ssm_a": ((heads,), _decay),
+        "ssm_norm.weight": ((s.state_size,), _around(1.0)),
+        "ssm_out.weight": ((width, s.inner_size), _matrix(out_gain)),
+    }
+
+
+def _dense_ffn(s: Shape, out_gain: float) -> Stems:
+    width, inner = s.embedding_length, s.feed_forward_length
+    return {
+        "ffn_gate.weight": ((inner, width), _matrix()),
+        "ffn_up.weight": ((inner, width), _matrix()),
+        "ffn_down.weight": ((width, inner), _matrix(out_gain)),
+    }
+
+
+def _prediction(s: Shape) -> Stems:
+    """What a multi-token-prediction block has beside a full attention layer."""
+    width = s.embedding_length
+    norms = ("enorm", "hnorm", "shared_head_norm")
+    return {
+        "nextn.eh_proj.weight": ((width, 2 * width), _matrix()),
+        **{f"nextn.{norm}.weight": ((width,), _around(1.0)) for norm in norms},
+    }
+
+
+LOGIT_SPREAD = 3.0  # standard deviation of the logits: about a trained model's
+RESIDUAL = 2.0  # what the residual stream grows to
+
+
+def _qwen35_tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
+    """Every tensor of the file, in its order: name, shape, draw."""
+    width = s.embedding_length
+    head = _matrix(LOGIT_SPREAD)
+    # The branches outweigh the embedding, or a tied head would find the token just read in the residual
+    # stream and repeat it. Doubled, because what they end with (gated, swiglu) is only about half.
+    out_gain = 2 * RESIDUAL / math.sqrt(2 * s.block_count)
+    yield "token_embd.weight", (s.vocab_size, width), head
+    for i in range(s.block_count + s.nextn_predict_layers):
+        mixer = _delta_net(s, out_gain) if s.is_recurrent(i) else _attention(s, out_gain)
+        norms = {f"{stem}.weight": ((width,), _around(1.0)) for stem in ("attn_norm", "post_attention_norm")}
+        extra = _prediction(s) if i >= s.block_count else {}
+        for stem, (shape, draw) in (norms | mixer | _dense_ffn(s, out_gain) | extra).items():
+            yield f"blk.{i}.{stem}", shape, draw
+    yield "output_norm.weight", (width,), _around(1.0)
+    if not s.tied:
+        yield "output.weight", (s.vocab_size, width), head
+
+
+def _qwen35_metadata(s: Shape) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "block_count": s.block_count + s.nextn_predict_layers,
+        "context_length": s.context_length,
+        "embedding_length": s.embedding_length,
+        "feed_forward_length": s.feed_forward_length,
+        "attention.head_count": s.head_count,
+        "attention.head_count_kv": s.head_count_kv,
+        "attention.key_length": s.key_length,
+        "attention.value_length": s.key_length,
+        "attention.layer_norm_rms_epsilon": s.layer_norm_rms_epsilon,
+        "rope.dimension_count": s.dimension_count,
+        "rope.dimension_sections": list(s.dimension_sections),
+        "rope.freq_base": s.freq_base,
+        "ssm.conv_kernel": s.conv_kernel,
+        "ssm.state_size": s.state_size,
+        "ssm.group_count": s.group_count,
+        "ssm.time_step_rank": s.time_step_rank,
+        "ssm.inner_size": s.inner_size,
+    }
+    if s.nextn_predict_layers:
+        keys["nextn_predict_layers"] = s.nextn_predict_layers
+    if s.recurrent_layers is None:
+        keys["full_attention_interval"] = s.full_attention_interval
+    else:
+        keys["attention.recurrent_layers"] = [s.is_recurrent(i) for i in range(keys["block_count"])]
+    return {f"{s.arch}.{key}": value for key, value in keys.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arch:
+    """An architecture that can be made: its metadata and its tensors, each a function of a Shape."""
+
+    metadata: Callable[[Shape], dict[str, Any]]
+    tensors: Callable[[Shape], Iterator[tuple[str, tuple[int, ...], Draw]]]
+
+
+ARCHS = {"qwen35": Arch(_qwen35_metadata, _qwen35_tensors)}
+
+
+# ------------------------------------------------------------------------------
+# Which type each is stored in: llama.cpp's recipes
+# ------------------------------------------------------------------------------
+
+When = Callable[[int, int], bool]  # (which of the tensors of this role, how many there are) -> chosen?
+
+
+def _always(_i: int, _n: int) -> bool:
+    return True
+
+
+def _first_eighth(i: int, n: int) -> bool:
+    return i < n // 8
+
+
+def _more_bits(i: int, n: int) -> bool:
+    """The first and last eighth, and every third between: the layers that llama.cpp gives more bits."""
+    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """A recipe: the type of most matrices, and for some roles other types, the first that applies."""
+
+    base: str
+    roles: Mapping[str, tuple[tuple[str, When], ...]] = dataclasses.field(default_factory=dict)
+
+
+_MORE_Q6 = (("Q6_K", _more_bits),)
+MIXES = {
+    "Q2_K": Mix("Q2_K", {role: (("Q3_K", _always),) for role in ("attn_v", "ffn_down", "attn_output")}),
+    "Q3_K_S": Mix("Q3_K"),
+    "Q3_K_M": Mix(
+        "Q3_K",
+        {
+            "attn_v": (("Q5_K", lambda i, _: i < 2), ("Q4_K", _always)),
+            "ffn_down": (("Q5_K", lambda i, n: i < n // 16), ("Q4_K", _always)),
+            "attn_output": (("Q4_K", _always),),
+            "attn_qkv": (("Q4_K", _always),),
+        },
+    ),
+    "Q3_K_L": Mix(
+        "Q3_K",
+        {role: (("Q5_K", _always),) for role in ("attn_v", "ffn_down", "attn_output")}
+        | {"attn_qkv": (("Q4_K", _always),)},
+    ),
+    "Q4_K_S": Mix(
+        "Q4_K", {"attn_v": (("Q5_K", lambda i, _: i < 4),), "ffn_down": (("Q5_K", _first_eighth),)}
+    ),
+    "Q4_K_M": Mix("Q4_K", {"attn_v": _MORE_Q6, "ffn_down": _MORE_Q6, "attn_qkv": (("Q5_K", _always),)}),
+    "Q5_K_S": Mix("Q5_K"),
+    "Q5_K_M": Mix("Q5_K", {"attn_v": _MORE_Q6, "ffn_down": _MORE_Q6, "attn_qkv": (("Q6_K", _always),)}),
+    "IQ4_XS": Mix("IQ4_XS", {"ffn_down": (("Q5_K", _first_eighth),)}),
+    "IQ4_NL": Mix("IQ4_NL", {"ffn_down": (("Q5_K", _first_eighth),)}),
+}
+
+# The head, and a table that is also the head, get more bits than so coarse a type; so does the table alone.
+_TINY_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+_HEAD = dict.fromkeys(("F32", "F16", "BF16", "Q8_0")) | dict.fromkeys(_TINY_TYPES, "Q5_K")
+_TABLE = dict.fromkeys(_TINY_TYPES, "Q2_K") | {
+    "IQ2_S": "IQ3_S",
+    "IQ3_XXS": "IQ3_S",
+    "TQ1_0": "Q4_K",
+    "TQ2_0": "Q4_K",
+}
+
+# Where rows are not whole blocks of a type.
+_FALLBACK = {
+    "TQ1_0": "Q4_0", "TQ2_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "IQ4_NL",
+    "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "IQ1_S": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ2_XXS": "IQ4_NL",
+    "IQ2_XS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ3_S": "IQ4_NL",
+}  # fmt: skip
+
+
+def _stays_f32(name: str, shape: tuple[int, ...]) -> bool:
+    """What llama.cpp's quantiser leaves alone (spec section 2)."""
+    return (
+        len(shape) == 1
+        or not name.endswith(".weight")
+        or name.endswith("_norm.weight")
+        or "ssm_conv1d" in name
+        or "ffn_gate_inp" in name
+    )
+
+
+def _role(name: str) -> str:
+    """What a tensor is for, whichever block it is in: "blk.3.attn_v.weight" -> "attn_v"."""
+    return re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
+
+
+def _recipe(role: str, mix: Mix, index: int, count: int, *, tied: bool) -> str:
+    """The type that llama.cpp's quantiser chooses for the `index`-th of `count` matrices of a role."""
+    if role == "output" or (role == "token_embd" and tied):
+        return _HEAD.get(mix.base, "Q6_K") or mix.base
+    if role == "token_embd":
+        return _TABLE.get(mix.base, mix.base)
+    return next((qtype for qtype, when in mix.roles.get(role, ()) if when(index, count)), mix.base)
+
+
+def _fitting(qtype: str, row_length: int) -> str:
+    """`qtype`, or what llama.cpp falls back to for rows of this length."""
+    choices = (qtype, _FALLBACK.get(qtype, "F16"), "F16")
+    return next(choice for choice in choices if row_length % ggml.library().block_size(choice)[0] == 0)
+
+
+def plan(shape: Shape, quant: str = "F32", types: Mapping[str, str] | None = None) -> list[Tensor]:
+    """The tensors of the file, in order. `types` overrules the recipe: pattern of a whole name -> type."""
+    if quant not in MIXES and quant not in ggml.TYPE_IDS:
+        raise BadInput(f"--quant {quant}: expected one of {', '.join([*ggml.TYPE_IDS, *MIXES])}")
+    mix = MIXES.get(quant, Mix(quant))
+    bare = list(ARCHS[shape.arch].tensors(shape))
+    roles = collections.Counter(_role(name) for name, _, _ in bare)
+    seen: collections.Counter[str] = collections.Counter()
+    tensors = []
+    for name, dims, draw in bare:
+        role = _role(name)
+        qtype = (
+            "F32" if _stays_f32(name, dims) else _recipe(role, mix, seen[role], roles[role], tied=shape.tied)
+        )
+        seen[role] += 1
+        for pattern, wanted in (types or {}).items():
+            qtype = wanted if re.fullmatch(pattern, name) else qtype
+        tensors.append(Tensor(name, dims, draw, _fitting(qtype, dims[-1])))
+    return [part for tensor in tensors for part in _scaled(tensor, shape)]
+
+
+def _scaled(tensor: Tensor, shape: Shape) -> list[Tensor]:
+    """A block's weight and its `X.scale`, if the shape asks for them; else the tensor as it is."""
+    if not shape.scales or _stays_f32(tensor.name, tensor.shape) or not tensor.name.startswith("blk."):
+        return [tensor]
+    scale = Tensor(tensor.name.removesuffix(".weight") + ".scale", (1,), _constant(WEIGHT_SCALE))
+    return [dataclasses.replace(tensor, draw=_larger(tensor.draw)), scale]
+
+
+def _larger(draw: Draw) -> Draw:
+    """Weights that a separate scale will bring back to size."""
+    return lambda rng, shape: draw(rng, shape) / np.float32(WEIGHT_SCALE)
+
+
+# ------------------------------------------------------------------------------
+# Writing
+# ------------------------------------------------------------------------------
+
+
+class _TypeId(enum.IntEnum):
+    """The id that gguf-py's own enumeration lacks."""
+
+    Q2_0 = 42
+
+
+def write(
+    path: str | os.PathLike[str],
+    shape: Shape | None = None,
+    quant: str = "F32",
+    *,
+    seed: int = 0,
+    types: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> Path:
+    """Writes a random model to `path`: whole, or not at all.
+
+    Holds a few chunks of rows, never a whole tensor. `quant` is a type or one of MIXES; `types` overrules it
+    for some tensors (pattern of a whole name -> type). Raises BadInput for a shape that cannot be and where
+    the file cannot be written.
+    """
+    path, shape = Path(path), shape or Shape()
+    tensors = plan(shape, quant, types)
+    metadata = _metadata(shape, quant)
+    try:
+        with _replacing(path) as temporary:
+            _write_header(temporary, shape, metadata, tensors)
+            with open(temporary, "ab") as file, _bar(tensors, path, progress) as advance:
+                _write_data(file, tensors, seed, shape.alignment, advance)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+
+def _metadata(shape: Shape, quant: str) -> dict[str, Any]:
+    kinds = gguf.LlamaFileType.__members__
+    kind = kinds.get(f"MOSTLY_{quant}", kinds["ALL_F32"] if quant == "F32" else kinds["GUESSED"])
+    return {
+        "general.name": f"synth {shape.arch}",
+        "general.file_type": int(kind),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        **ARCHS[shape.arch].metadata(shape),
+        **synth_vocabulary.metadata(shape.vocab_size),
+    }
+
+
+def _write_header(path: Path, shape: Shape, metadata: Mapping[str, Any], tensors: list[Tensor]) -> None:
+    writer = gguf.GGUFWriter(path, shape.arch)
+    writer.add_custom_alignment(shape.alignment)
+    for key, value in metadata.items():
+        _GGUF_ADD[type(value)](writer, key, value)
+    for tensor in tensors:
+        known = gguf.GGMLQuantizationType.__members__
+        number = known[tensor.qtype] if tensor.qtype in known else _TypeId[tensor.qtype]
+        size = tensor.rows * tensor.row_bytes
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+_GGUF_ADD: dict[type, Callable[[gguf.GGUFWriter, str, Any], None]] = {
+    bool: gguf.GGUFWriter.add_bool,
+    int: gguf.GGUFWriter.add_uint32,
+    float: gguf.GGUFWriter.add_float32,
+    str: gguf.GGUFWriter.add_string,
+    list: gguf.GGUFWriter.add_array,
+}
+
+
+def _write_data(
+    file: BinaryIO, tensors: list[Tensor], seed: int, alignment: int, advance: Callable[[int], None]
+) -> None:
+    """Every tensor's rows, drawn and packed on all cores, written in order, each tensor aligned."""
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: collections.deque[tuple[Tensor, int, Any]] = collections.deque()
+        for tensor, start, chunk in _chunks(tensors):
+            waiting.append((tensor, start, pool.submit(_packed, tensor, start, chunk, seed)))
+            if len(waiting) > 2 * workers:
+                _write_chunk(file, *waiting.popleft(), alignment, advance)
+        while waiting:
+            _write_chunk(file, *waiting.popleft(), alignment, advance)
+    file.write(b"\0" * (-file.tell() % alignment))
+
+
+def _write_chunk(
+    file: BinaryIO, tensor: Tensor, start: int, chunk: Any, alignment: int, advance: Any
+) -> None:
+    if start == 0:
+        file.write(b"\0" * (-file.tell() % alignment))
+    blocks = chunk.result()
+    file.write(blocks)
+    advance(len(blocks) * tensor.shape[-1])
+
+
+def _chunks(tensors: list[Tensor]) -> Iterator[tuple[Tensor, int, int]]:
+    """Each tensor's rows in parts: tensor, first row, number of rows."""
+    for tensor in tensors:
+        step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
+        for start in range(0, tensor.rows, step):
+            yield tensor, start, min(step, tensor.rows - start)
+
+
+def _packed(tensor: Tensor, start: int, rows: int, seed: int) -> np.ndarray:
+    """Rows `start` to `start + rows`, drawn from their own generator: results depend on no order of work."""
+    rng = np.random.default_rng([seed, zlib.crc32(tensor.name.encode()), start])
+    drawn = (
+        tensor.draw(rng, (rows, tensor.shape[-1]))
+        if len(tensor.shape) > 1
+        else tensor.draw(rng, tensor.shape)
+    )
+    return ggml.quantize(drawn.reshape(rows, -1), tensor.qtype)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place when all went well, and is removed when not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _bar(tensors: list[Tensor], path: Path, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr that counts weights; silent when stderr is not a terminal."""
+    total = sum(math.prod(tensor.shape) for tensor in tensors)
+    with Progress(console=Console(stderr=True), disable=not (wanted and sys.stderr.isatty())) as progress:
+        task = progress.add_task(path.name, total=total)
+        yield lambda elements: progress.advance(task, elements)
+
+
+# ------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's flags."""
+    sizes = ", ".join(dict.fromkeys(size for _, size in SIZES))
+    parser.add_argument("out", metavar="OUT.gguf", help="the file to write")
+    parser.add_argument("--arch", default="qwen35", help=f"architecture: {', '.join(ARCHS)} (default qwen35)")
+    parser.add_argument("--size", default="tiny", help=f"published size: {sizes} (default tiny)")
+    parser.add_argument("--quant", default="F32", help="a quant type or a mix such as Q4_K_M (default F32)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same weights (default 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    shape = SIZES.get((args.arch, args.size.lower()))
+    if shape is None:
+        known = ", ".join(f"{arch} {size}" for arch, size in SIZES)
+        raise BadInput(f"--arch {args.arch} --size {args.size}: expected one of {known}")
+    if args.seed < 0:
+        raise BadInput(f"--seed {args.seed}: expected 0 or more")
+    write(args.out, shape, args.quant, seed=args.seed, progress=True)
