@@ -28,6 +28,8 @@ from scarlet_jax.ops.qtensor import block_size
 
 _VERSIONS = (2, 3)  # these two differ in nothing but big-endian files
 _MAX_DIMS = 4
+# No model's metadata comes near; it bounds what a huge file of holes can make us walk and hold.
+_MAX_HEADER = 1 << 28
 
 # Codes that mean the same number to struct and to numpy.
 _U32, _U64 = "<I", "<Q"
@@ -228,10 +230,13 @@ def _part_paths(path: Path, count: int) -> list[Path]:
     name = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name, re.DOTALL)
     if name is None or int(name[2]) != count:
         raise BadInput(f"{path}: a part of {count}, expected a name that ends in -00001-of-{count:05}.gguf")
-    paths = [path.with_name(f"{name[1]}-{number:05}-of-{name[2]}.gguf") for number in range(1, count + 1)]
-    missing = [part.name for part in paths if not part.exists()]
-    if missing:
-        raise BadInput(f"{path}: {len(missing)} of the set's {count} parts missing, first {missing[0]}")
+    paths = []
+    for number in range(1, count + 1):
+        paths.append(path.with_name(f"{name[1]}-{number:05}-of-{name[2]}.gguf"))
+        if not paths[-1].exists():
+            raise BadInput(
+                f"{path}: part {number} of {count} is missing, expected {paths[-1].name} beside it"
+            )
     return paths
 
 
@@ -284,8 +289,10 @@ def _map(path: Path) -> mmap.mmap:
             raise BadInput(f"{path}: the file is empty, expected a GGUF file")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from error
+    except BadInput:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
+        raise BadInput(f"{path}: {getattr(error, 'strerror', error)}") from error
 
 
 def _check_version(cursor: _Cursor) -> None:
@@ -372,7 +379,7 @@ def _place(cursor: _Cursor, info: _TensorInfo, start: int, alignment: int) -> Te
     row_bytes = row // elements * size
     offset, nbytes = start + info.offset, math.prod(rows) * row_bytes
     if offset + nbytes > cursor.size:
-        raise cursor.bad(f"{what} ends at byte {offset + nbytes}, the file has {cursor.size}")
+        raise cursor.too_short(what, offset + nbytes)
     data = np.frombuffer(cursor.memory, np.uint8, nbytes, offset).reshape(*rows, row_bytes)
     return Tensor(info.name, qtype, info.shape, data, offset, cursor.memory)
 
@@ -400,7 +407,7 @@ def _check_overlap(cursor: _Cursor, tensors: Mapping[str, Tensor]) -> None:
 
 
 class _Cursor:
-    """Reads a memory-mapped file front to back and never past its end.
+    """Reads a memory-mapped file front to back, never past its end nor past the size of a sane header.
 
     `what` in every method says what is being read, for the error.
     """
@@ -409,17 +416,24 @@ class _Cursor:
         self.path = path
         self.memory = memory
         self.size = len(memory)
+        self.end = min(self.size, _MAX_HEADER)
         self.at = 0
 
     def bad(self, problem: str) -> BadInput:
         return BadInput(f"{self.path}: {problem}")
 
+    def too_short(self, what: str, end: int) -> BadInput:
+        """For something that would end at byte `end`."""
+        if end > self.size:
+            return self.bad(f"truncated: {what} ends at byte {end}, the file at byte {self.size}")
+        return self.bad(f"{what} ends at byte {end}, expected no more than {self.end} bytes of header")
+
     def step_over(self, nbytes: int, what: str) -> int:
         """Where the next `nbytes` begin."""
-        start, left = self.at, self.size - self.at
-        if nbytes > left:
-            raise self.bad(f"truncated: {what} takes {nbytes} bytes from byte {start}, there are {left}")
-        self.at += nbytes
+        start = self.at
+        if start + nbytes > self.end:
+            raise self.too_short(what, start + nbytes)
+        self.at = start + nbytes
         return start
 
     def number(self, code: str, what: str) -> Any:
@@ -428,10 +442,10 @@ class _Cursor:
 
     def count(self, what: str, smallest: int) -> int:
         """How many things follow, each of at least `smallest` bytes: no more than there is room for."""
-        count = self.number(_U64, f"the count of {what}")
-        left = self.size - self.at
-        if count * smallest > left:
-            raise self.bad(f"claims {count} {what}, the {left} bytes left have room for {left // smallest}")
+        count = self.number(_U64, f"the number of {what}")
+        room = (self.end - self.at) // smallest
+        if count > room:
+            raise self.bad(f"claims {count} {what}, expected at most the {room} that there is room for")
         return count
 
     def string(self, what: str) -> str:
@@ -440,34 +454,32 @@ class _Cursor:
         try:
             return str(self.memory[start : self.at], "utf-8")
         except UnicodeDecodeError as error:
-            raise self.bad(f"{what} is not UTF-8: {error.reason} at byte {start + error.start}") from error
+            raise self.bad(f"{what} is not UTF-8 ({error.reason})") from error
 
     def strings(self, what: str) -> list[str]:
         # A vocabulary and its merges are half a million strings at every start: `string`, without the calls.
         count = self.count(f"strings in {what}", smallest=8)
-        memory, size, at = self.memory, self.size, self.at
         length_at = struct.Struct(_U64).unpack_from
+        memory, end, at = self.memory, self.end, self.at
         found = []
         try:
             for _ in range(count):
                 start = at + 8
                 at = start + length_at(memory, at)[0]
-                if at > size:
-                    raise self.bad(f"truncated: string {len(found)} of {what} ends past the end of the file")
+                if at > end:
+                    raise self.too_short(f"string {len(found)} of {what}", at)
                 found.append(str(memory[start:at], "utf-8"))
         except struct.error as error:
-            raise self.bad(f"truncated: the file ends at string {len(found)} of {what}") from error
+            raise self.too_short(f"string {len(found)} of {what}", start) from error
         except UnicodeDecodeError as error:
-            raise self.bad(f"string {len(found)} of {what} is not UTF-8: {error.reason}") from error
+            raise self.bad(f"string {len(found)} of {what} is not UTF-8 ({error.reason})") from error
         self.at = at
         return found
 
     def array(self, code: str, what: str) -> np.ndarray:
         dtype = np.dtype(code)
         count = self.count(f"numbers in {what}", smallest=dtype.itemsize)
-        start = self.step_over(count * dtype.itemsize, what)
-        values = np.frombuffer(self.memory, dtype, count, start)
-        return values if dtype != np.bool_ else values.view(np.uint8) != 0  # true is any byte but 0
+        return np.frombuffer(self.memory, dtype, count, self.step_over(count * dtype.itemsize, what))
 
 
 def _quote(name: str) -> str:

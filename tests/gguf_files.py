@@ -93,7 +93,7 @@ def pack(
     head += b"".join(string(key) + packed for key, packed in values)
     head += b"".join(tensor.info() for tensor in tensors)
     data = bytearray()
-    for tensor in tensors:
+    for tensor in filter(lambda tensor: tensor.data, tensors):
         end = tensor.offset + len(tensor.data)
         data.extend(bytes(max(0, end - len(data))))
         data[tensor.offset : end] = tensor.data
