@@ -80,25 +80,25 @@ def _u16(x: jax.Array) -> jax.Array:
     return x.astype(jnp.uint16)
 
 
-def _unpack(x: jax.Array, shifts: Sequence[int], mask: int, group: int) -> jax.Array:
+def _unpack(x: jax.Array, shifts: Sequence[int], mask: int, *, group: int) -> jax.Array:
     """The bits `mask` of each integer after each shift: (n, k) -> (n, k * number of shifts).
 
     Each `group` of integers yields its fields at the first shift, then those at the second, and so on.
     """
-    planes = x.reshape(len(x), x.shape[1] // group, 1, group) >> np.array(shifts, x.dtype)[:, None]
+    planes = x.reshape(x.size // group, 1, group) >> np.array(shifts, x.dtype)[:, None]
     return (planes & mask).reshape(len(x), x.shape[1] * len(shifts))
 
 
 def _nibbles(x: jax.Array, group: int) -> jax.Array:
-    return _unpack(x, (0, 4), 0x0F, group)
+    return _unpack(x, (0, 4), 0x0F, group=group)
 
 
 def _pairs(x: jax.Array, group: int) -> jax.Array:
-    return _unpack(x, (0, 2, 4, 6), 0x03, group)
+    return _unpack(x, (0, 2, 4, 6), 0x03, group=group)
 
 
 def _bits(x: jax.Array, group: int) -> jax.Array:
-    return _unpack(x, (0, 1, 2, 3, 4, 5, 6, 7), 0x01, group)
+    return _unpack(x, (0, 1, 2, 3, 4, 5, 6, 7), 0x01, group=group)
 
 
 def _signs(x: jax.Array) -> jax.Array:
@@ -108,12 +108,13 @@ def _signs(x: jax.Array) -> jax.Array:
 
 def _spread(scales: jax.Array, count: int) -> jax.Array:
     """Each scale once for each of the `count` elements that it governs: (n, k) -> (n, k * count)."""
-    return jnp.repeat(scales, count, axis=-1)
+    return jnp.repeat(scales, count, axis=1)
 
 
 def _lookup(table: np.ndarray, index: jax.Array) -> jax.Array:
     """Entries of a codebook (size, width) or (size,): indices (n, k) -> (n, k * width)."""
-    return jnp.take(jnp.asarray(table), index, axis=0, mode="clip").reshape(len(index), -1)
+    entries = jnp.take(jnp.asarray(table), index, axis=0, mode="clip")
+    return entries.reshape(len(index), math.prod(entries.shape[1:]))
 
 
 def _ldexp(k: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -225,8 +226,8 @@ def _scales_and_mins(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
     in the last bytes, and their top two bits above the first four's.
     """
     scale, minimum, low = _fields(packed, 4, 4, 4)
-    scales = jnp.concatenate([scale & 0x3F, (low & 0x0F) | (scale >> 6 << 4)], axis=-1)
-    mins = jnp.concatenate([minimum & 0x3F, (low >> 4) | (minimum >> 6 << 4)], axis=-1)
+    scales = jnp.concatenate([scale & 0x3F, (low & 0x0F) | (scale >> 6 << 4)], axis=1)
+    mins = jnp.concatenate([minimum & 0x3F, (low >> 4) | (minimum >> 6 << 4)], axis=1)
     return _f32(scales), _f32(mins)
 
 
@@ -259,9 +260,9 @@ def iq2_xxs(blocks: jax.Array) -> jax.Array:
     """`d (1/2 + s) / 4 * grid * sign`; per 32: four indices, then a word of four sign codes and s."""
     d, qs = _fields(blocks, 2, 64)
     index, codes = _fields(qs.reshape(len(qs), 8, 8), 4, 4)
-    codes = _view(codes, jnp.uint32)[..., 0]
+    codes = _view(codes, jnp.uint32).reshape(len(qs), 8)
     scale = _f16(d) * (_f32(codes >> 28) + 0.5) * 0.25
-    signs = _signs(_lookup(_SIGN_CODES, _unpack(codes, (0, 7, 14, 21), 0x7F, 1)))
+    signs = _signs(_lookup(_SIGN_CODES, _unpack(codes, (0, 7, 14, 21), 0x7F, group=1)))
     return _spread(scale, 32) * _lookup(_grid("IQ2_XXS"), index) * signs
 
 
@@ -270,7 +271,7 @@ def iq2_xs(blocks: jax.Array) -> jax.Array:
     d, qs, scales = _fields(blocks, 2, 64, 8)
     words = _view(qs, jnp.uint16)
     scale = _f16(d) * (_f32(_nibbles(scales, 1)) + 0.5) * 0.25
-    signs = _signs(_lookup(_SIGN_CODES, words >> 9).astype(jnp.uint8))
+    signs = _signs(_lookup(_SIGN_CODES, words >> 9))
     return _spread(scale, 16) * _lookup(_grid("IQ2_XS"), words & 0x1FF) * signs
 
 
@@ -287,7 +288,7 @@ def iq3_xxs(blocks: jax.Array) -> jax.Array:
     d, index, codes = _fields(blocks, 2, 64, 32)
     codes = _view(codes, jnp.uint32)
     scale = _f16(d) * (_f32(codes >> 28) + 0.5) * 0.5
-    signs = _signs(_lookup(_SIGN_CODES, _unpack(codes, (0, 7, 14, 21), 0x7F, 1)))
+    signs = _signs(_lookup(_SIGN_CODES, _unpack(codes, (0, 7, 14, 21), 0x7F, group=1)))
     return _spread(scale, 32) * _lookup(_grid("IQ3_XXS"), index) * signs
 
 
@@ -303,7 +304,7 @@ def iq1_s(blocks: jax.Array) -> jax.Array:
     """`d (2s + 1) (grid +- 1/8)`; per 32 a word: four index tops of 3 bits, s of 3, the sign of 1/8."""
     d, low, words = _fields(blocks, 2, 32, 16)
     words = _view(words, jnp.uint16)
-    index = _u16(low) | (_unpack(words, (0, 3, 6, 9), 0x07, 1) << 8)
+    index = _u16(low) | (_unpack(words, (0, 3, 6, 9), 0x07, group=1) << 8)
     scale = _f16(d) * (_f32((words >> 12) & 0x07) * 2 + 1)
     delta = 0.125 - 0.25 * _f32(words >> 15)
     return _spread(scale, 32) * (_lookup(_grid("IQ1_S"), index) + _spread(delta, 32))
@@ -316,9 +317,9 @@ def iq1_m(blocks: jax.Array) -> jax.Array:
     """
     low, high, words = _fields(blocks, 32, 16, 8)
     high, words = _nibbles(high, 1), _view(words, jnp.uint16)
-    d = ((words >> 12) << np.array([0, 4, 8, 12], np.uint16)).sum(axis=-1, keepdims=True, dtype=jnp.uint16)
+    d = ((words >> 12) << np.array([0, 4, 8, 12], np.uint16)).sum(axis=1, keepdims=True, dtype=jnp.uint16)
     index = _u16(low) | (_u16(high & 0x07) << 8)
-    scale = _f16(d) * (_f32(_unpack(words, (0, 3, 6, 9), 0x07, 1)) * 2 + 1)
+    scale = _f16(d) * (_f32(_unpack(words, (0, 3, 6, 9), 0x07, group=1)) * 2 + 1)
     delta = 0.125 - 0.25 * _f32(high >> 3)
     return _spread(scale, 16) * (_lookup(_grid("IQ1_M"), index) + _spread(delta, 8))
 
@@ -351,7 +352,7 @@ def _trits(x: jax.Array, count: int) -> jax.Array:
 def tq1_0(blocks: jax.Array) -> jax.Array:
     """`d (t - 1)`; five ternary digits a byte over 32 and 16 bytes, four over the last 4."""
     first, second, third, d = _fields(blocks, 32, 16, 4, 2)
-    t = jnp.concatenate([_trits(first, 5), _trits(second, 5), _trits(third, 4)], axis=-1)
+    t = jnp.concatenate([_trits(first, 5), _trits(second, 5), _trits(third, 4)], axis=1)
     return _f16(d) * (_f32(t) - 1)
 
 
@@ -390,7 +391,7 @@ def _ue4m3(x: jax.Array) -> jax.Array:
     Bit 7 is ignored; the NaN code 0x7F stands for zero.
     """
     exponent, mantissa = (x >> 3).astype(jnp.int32) & 0x0F, x.astype(jnp.int32) & 0x07
-    steps = jnp.where(exponent == 0, mantissa, (mantissa + 8) << jnp.maximum(exponent - 1, 0))
+    steps = jnp.where(exponent == 0, mantissa, (mantissa + 8) << (exponent - 1))
     return _f32(jnp.where(x == 0x7F, 0, steps))
 
 
