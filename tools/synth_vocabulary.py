@@ -31,8 +31,8 @@ _USER_DEFINED = [
     "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 ]  # fmt: skip
 SPECIAL = _CONTROL + _USER_DEFINED
-_AFTER_SPECIAL = 250  # unused entries that the real table has behind its special tokens
-SMALLEST = 256 + len(SPECIAL)
+_UNUSED_BEHIND = 250  # entries that the real table has behind its special tokens
+SMALLEST = 256 + len(SPECIAL) + 6  # a few merges: llama.cpp refuses a table without
 
 # ChatML with an optional thinking block, as the family's own templates write it.
 CHAT_TEMPLATE = """\
@@ -46,11 +46,11 @@ CHAT_TEMPLATE = """\
 
 # What the merges are learnt from: common words, and a little of what makes tokenizers stumble.
 _TEXT = """\
-The quick brown fox jumps over the lazy dog, and then the dog jumps over it. It was the best of times;
-it was the worst of times. There is nothing either good or bad, but thinking makes it so. We'll see what they've
-done when they're here: I'm sure it isn't what you'd expect. In the beginning there was the word, and the word
-was with the model, and the model was a matrix. One token, two tokens, three tokens: the state of the attention
-is the state of the world. def forward(self, x): return self.weight @ x + self.bias  # 1234567890
+The quick brown fox jumps over the lazy dog, and then the dog jumps over the fox. It was the best of times;
+it was the worst of times. There is nothing either good or bad, but thinking makes it so. We'll see what
+they've done when they're here: I'm sure it isn't what you'd expect. In the beginning there was the word, and
+the word was with the model, and the model was a matrix. One token, two tokens, three tokens: the state of the
+attention is the state of the world. def forward(self, x): return self.weight @ x + self.bias  # 1234567890
 for (int i = 0; i < n; i++) { printf("%d\\n", values[i]); }    if not x.shape == (3, 4):\t\traise ValueError
 Le garçon a mangé une pêche à la crème brûlée; où étaient les élèves? Größe, Straße, überall schöne Äpfel.
 ¿Dónde está la montaña? El niño soñó con mañana. Привет, мир! Как дела? Это слово, это мир. Γειά σου κόσμε.
@@ -64,8 +64,8 @@ http://example.com/path?query=1&other=2
 def metadata(size: int) -> dict[str, Any]:
     """The `tokenizer.*` keys for a table of `size` entries; BadInput where not even the least fits."""
     if size < SMALLEST:
-        raise BadInput(f"vocabulary of {size}: expected {SMALLEST} or more, bytes and special tokens")
-    tail = min(_AFTER_SPECIAL, (size - SMALLEST) // 4)
+        raise BadInput(f"vocabulary of {size}: expected {SMALLEST} or more: bytes, merges, special tokens")
+    tail = min(_UNUSED_BEHIND, (size - SMALLEST) // 4)
     learnt, merges = _learn(size - len(SPECIAL) - tail)
     tokens = learnt + _padding(len(learnt), size - len(SPECIAL) - tail)
     first_special = len(tokens)
