@@ -1,0 +1,378 @@
+"""The judge: a plain float64 numpy forward of a qwen35 GGUF, from the spec, sharing no code of ours.
+
+`forward(path, tokens)` gives the logits and every tap of llama.cpp, in the conventions of the dump: token
+axis first, then the natural axes slow to fast. Clarity before speed: the delta rule runs token by token,
+nothing is cached, and a continuation is computed as the tail of the whole sequence. Sections are the
+spec's; (4.1) to (4.8) are the steps of the delta net in its section 4.
+
+Letters: T tokens, S keys (all tokens so far), D model, F ffn, V vocab, N query heads, K kv heads, H head dim;
+delta net Hk and Hv heads, Dk and Dv head dims, W conv width, C = 2 Hk Dk + Hv Dv conv channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+# ------------------------------------------------------------------------------
+# The file
+# ------------------------------------------------------------------------------
+
+# The block formats that gguf-py cannot decode: type id -> name, elements and bytes of a block (section 9).
+_LEFT_TO_GGML = {41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18)}
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf-py's reader, stopped before it looks tensor types up: it knows no id 42."""
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        self.infos = {}
+        for _, name, _, ne, type_id, offset in (field.parts for field in fields):
+            shape = tuple(int(n) for n in reversed(ne))
+            self.infos[bytes(name).decode()] = (shape, int(type_id[0]), start_offs + int(offset[0]))
+
+
+class Weights(Mapping):
+    """The tensors of a GGUF by name, dequantised to float64 when asked for; shapes row-major (out, in)."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        shape, type_id, offset = self._reader.infos[name]
+        block, block_bytes = (
+            _LEFT_TO_GGML[type_id][1:] if type_id in _LEFT_TO_GGML else GGML_QUANT_SIZES[type_id]
+        )
+        rows = (*shape[:-1], shape[-1] // block * block_bytes)
+        data = self._reader.data[offset : offset + int(np.prod(rows))].reshape(rows)
+        return _dequantize(data, type_id).reshape(shape).astype(np.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.infos)
+
+    def __len__(self) -> int:
+        return len(self._reader.infos)
+
+
+def _dequantize(data: np.ndarray, type_id: int) -> np.ndarray:
+    if type_id in _LEFT_TO_GGML:
+        from scarlet_jax.tools.engines.llama_cpp import to_float
+
+        return to_float(_LEFT_TO_GGML[type_id][0], data)
+    return gguf.dequantize(data, GGMLQuantizationType(type_id))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Metadata and weights. Replace either with a dict of your own to ask "what if"."""
+
+    metadata: Mapping[str, Any]
+    weights: Mapping[str, np.ndarray]
+
+    def key(self, name: str, default: Any = None, layer: int | None = None) -> Any:
+        """`{arch}.{name}`; its `layer`-th entry where the file gives one value a layer."""
+        value = self.metadata.get(f"{self.metadata['general.architecture']}.{name}", default)
+        if value is None:
+            raise KeyError(name)
+        return value[layer] if layer is not None and isinstance(value, list) else value
+
+    def scale(self, name: str) -> np.ndarray:
+        """What multiplies a product with weight `name`: its separate `.scale`, or 1 (section 2)."""
+        return self.weights.get(f"{name}.scale", np.ones(1))
+
+    def product(self, name: str, x: np.ndarray) -> np.ndarray:
+        """W x, not yet scaled."""
+        return x @ self.weights[f"{name}.weight"].T
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        """W x, scaled."""
+        return self.product(name, x) * self.scale(name)
+
+    @property
+    def trunk_layers(self) -> int:
+        """Blocks that a forward runs: `block_count` includes the MTP blocks."""
+        return self.key("block_count") - self.key("nextn_predict_layers", 0)
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a trunk layer is a delta net: by the list if there is one, else by the interval."""
+        listed = self.key("attention.recurrent_layers", [])
+        return bool(listed[layer]) if listed else (layer + 1) % self.key("full_attention_interval", 4) != 0
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Open a GGUF."""
+    reader = _Reader(path)
+    return Model({name: field.contents() for name, field in reader.fields.items()}, Weights(reader))
+
+
+# ------------------------------------------------------------------------------
+# The formulas, one function each
+# ------------------------------------------------------------------------------
+
+
+def rms(x: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) over the last axis; the weight is applied by the caller."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def l2(x: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(sum(x^2) + eps) over the last axis (4.5)."""
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + eps)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^-x), without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    """log(1 + e^x), without overflow."""
+    return np.logaddexp(0, x)
+
+
+def rope_component(pair: int, sections: Sequence[int]) -> int:
+    """Which of the positions t, h, w, e (0 to 3) turns rotary pair `pair`: the IMROPE rule."""
+    t, h, w, _ = sections
+    j = pair % sum(sections)
+    for component, length in ((0, t), (1, h), (2, w)):
+        if j % 3 == component and j < 3 * length:
+            return component
+    return 3
+
+
+def rope(
+    x: np.ndarray, positions: np.ndarray, rotary: int, sections: Sequence[int], base: float
+) -> np.ndarray:
+    """Turn x (T, heads, H) by positions (4, T): dims i and i + rotary/2 pair up, those >= rotary pass."""
+    half = rotary // 2
+    component = [rope_component(i, sections) for i in range(half)]
+    angle = positions[component].T * base ** (-2 * np.arange(half) / rotary)  # (T, half)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    a, b, rest = np.split(x, [half, rotary], axis=-1)
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
+
+
+def kv_head(query_head: np.ndarray, queries: int, kvs: int) -> np.ndarray:
+    """The kv head that a query head reads: consecutive query heads share one (section 3)."""
+    return query_head // (queries // kvs)
+
+
+def key_head(value_head: np.ndarray, keys: int, values: int) -> np.ndarray:
+    """The key head that a delta-net value head uses: tiled in GGUF order (section 3)."""
+    return value_head % keys
+
+
+def query_and_gate(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split u (T, N, 2H): each head has its query rows, then its gate rows."""
+    query, gate = np.split(u, 2, axis=-1)
+    return query, gate
+
+
+def causal_softmax(scores: np.ndarray) -> np.ndarray:
+    """Softmax over keys S of scores (T, N, S), token t seeing keys 0 to t."""
+    T, _, S = scores.shape
+    visible = np.arange(S) <= np.arange(T)[:, None, None]
+    weights = np.exp(np.where(visible, scores - scores.max(axis=-1, keepdims=True), -np.inf))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def causal_conv(padded: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """y_t[c] = sum_j kernel[c, j] padded_{t+j}[c], j = W-1 now: (W-1+T, C), (C, W) -> (T, C) (4.3)."""
+    W = kernel.shape[1]
+    T = len(padded) - (W - 1)
+    return np.sum([kernel[:, j] * padded[j : j + T] for j in range(W)], axis=0)
+
+
+def attention_scale(H: int) -> float:
+    """The factor on query times key in full attention."""
+    return H**-0.5
+
+
+def query_scale(Dk: int) -> float:
+    """The factor on delta-net queries, after their normalisation (4.6)."""
+    return Dk**-0.5
+
+
+def delta_rule(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, beta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gated delta rule, one token at a time (4.7).
+
+    q, k (T, Hv, Dk), v (T, Hv, Dv), g, beta (T, Hv) -> outputs (T, Hv, Dv), and the states before each
+    token and after the last, (T + 1, Hv, Dv, Dk).
+    """
+    T, Hv, Dv = v.shape
+    states = np.zeros((T + 1, Hv, Dv, k.shape[-1]))
+    outputs = np.empty_like(v)
+    for t in range(T):
+        decayed = states[t] * np.exp(g[t])[:, None, None]
+        delta = beta[t][:, None] * (v[t] - np.einsum("hvk,hk->hv", decayed, k[t]))
+        states[t + 1] = decayed + delta[:, :, None] * k[t][:, None, :]
+        outputs[t] = np.einsum("hvk,hk->hv", states[t + 1], q[t])
+    return outputs, states
+
+
+def gated_norm(o: np.ndarray, weight: np.ndarray, z: np.ndarray, eps: float) -> np.ndarray:
+    """The norm first, over each head's Dv, then the gate (4.8)."""
+    return rms(o, eps) * weight * silu(z)
+
+
+# ------------------------------------------------------------------------------
+# The forward
+# ------------------------------------------------------------------------------
+
+
+class _Taps(dict):
+    """Tap name -> array, for the tokens from `start` on; a name given twice keeps the last."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Record an array whose first axis is tokens."""
+        self.state(name, x[self.start :])
+        return x
+
+    def state(self, name: str, x: np.ndarray) -> None:
+        """Record an array that has no token axis."""
+        self.pop(name, None)
+        self[name] = x
+
+
+def forward(
+    model: Model | str | os.PathLike[str],
+    tokens: Sequence[int],
+    *,
+    start: int = 0,
+    positions: np.ndarray | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits (T, V) and taps, float64.
+
+    With `start`, what a call gives that continues after the first `start` tokens: rows from there on, the
+    states that it began with (`state_predelta-N`, `conv_states_reshaped-N`) and those that it ended with
+    (`new_state-N`, `conv_state_last-N`). `positions` (4, T) are t, h, w, e of each token; text by default.
+    """
+    model = model if isinstance(model, Model) else load(model)
+    if positions is None:
+        text = np.arange(len(tokens))
+        positions = np.stack([text, text, text, 0 * text])
+    tap, eps, weights = _Taps(start), model.key("attention.layer_norm_rms_epsilon"), model.weights
+
+    embedding = weights["token_embd.weight"]
+    x = tap("model.input_embed", embedding[np.asarray(tokens)])
+    for i in range(model.trunk_layers):
+        normed = tap(f"norm-{i}", rms(x, eps))
+        h = tap(f"attn_norm-{i}", normed * weights[f"blk.{i}.attn_norm.weight"])
+        mixed = (
+            delta_net(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap)
+        )
+        x = tap(f"attn_residual-{i}", x + mixed)
+        normed = tap(f"norm-{i}", rms(x, eps))
+        h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.post_attention_norm.weight"])
+        x = tap(f"l_out-{i}", x + ffn(model, h, i, tap))
+    x = tap("norm", rms(x, eps)) * weights["output_norm.weight"]
+    tap("h_nextn", x)
+    tap("result_norm", x)
+    logits = model.linear("output", x) if "output.weight" in weights else x @ embedding.T
+    tap("result_output", logits)
+    return logits[start:], dict(tap)
+
+
+def ffn(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """W_down (SiLU(W_gate h) * W_up h). llama.cpp names gate and up before their separate scales."""
+    gate_name, up_name = f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"
+    gate = tap(f"ffn_gate-{i}", model.product(gate_name, h)) * model.scale(gate_name)
+    up = tap(f"ffn_up-{i}", model.product(up_name, h)) * model.scale(up_name)
+    gated = tap(f"ffn_swiglu-{i}", silu(gate) * up)
+    return tap(f"ffn_out-{i}", model.linear(f"blk.{i}.ffn_down", gated))
+
+
+def attention(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """Full attention with a sigmoid gate on each head's output: h (T, D) -> (T, D)."""
+    T, eps = len(h), model.key("attention.layer_norm_rms_epsilon")
+    H, N = model.key("attention.key_length"), model.key("attention.head_count", layer=i)
+    K = model.key("attention.head_count_kv", N, layer=i)
+    rotary = model.key("rope.dimension_count", H)
+    sections, base = model.key("rope.dimension_sections"), model.key("rope.freq_base", 10000.0)
+    assert model.key("rope.scaling.factor", 1.0) in (0, 1), "rope scaling is not written here"
+
+    full, key, value = project_qkv(model, h, i, [2 * N * H, K * H, K * H], tap)
+    tap(f"Qcur_full-{i}", full)
+    query, gate = query_and_gate(full.reshape(T, N, 2 * H))
+    key, value = key.reshape(T, K, H), tap(f"Vcur-{i}", value.reshape(T, K, H))
+
+    tap(f"Qcur_reshaped-{i}", query)
+    tap(f"norm-{i}", rms(query, eps))
+    query = tap(f"Qcur_normed-{i}", rms(query, eps) * model.weights[f"blk.{i}.attn_q_norm.weight"])
+    query = tap(f"Qcur-{i}", rope(query, positions, rotary, sections, base))
+    tap(f"norm-{i}", rms(key, eps))
+    key = tap(f"Kcur_normed-{i}", rms(key, eps) * model.weights[f"blk.{i}.attn_k_norm.weight"])
+    key = tap(f"Kcur-{i}", rope(key, positions, rotary, sections, base))
+
+    read = kv_head(np.arange(N), N, K)
+    scores = tap(f"kq-{i}", np.einsum("tnh,snh->tns", query, key[:, read]))
+    probabilities = tap(f"kq_soft_max-{i}", causal_softmax(scores * attention_scale(H)))
+    heads = tap(f"kqv-{i}", np.einsum("tns,snh->tnh", probabilities, value[:, read]))
+    heads = tap(f"attn_pregate-{i}", heads.reshape(T, N * H))
+    gate = tap(f"gate_reshaped-{i}", gate.reshape(T, N * H))
+    gated = tap(f"attn_gated-{i}", heads * tap(f"gate_sigmoid-{i}", sigmoid(gate)))
+    return tap(f"attn_output-{i}", model.linear(f"blk.{i}.attn_output", gated))
+
+
+def project_qkv(model: Model, h: np.ndarray, i: int, widths: list[int], tap: _Taps) -> list[np.ndarray]:
+    """Query and gate, key, value: three weights, or one with their rows in that order."""
+    if f"blk.{i}.attn_qkv.weight" in model.weights:
+        fused = tap(f"wqkv-{i}", model.linear(f"blk.{i}.attn_qkv", h))
+        return np.split(fused, np.cumsum(widths)[:-1], axis=-1)
+    return [model.linear(f"blk.{i}.attn_{part}", h) for part in "qkv"]
+
+
+def delta_net(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """The gated delta net: h (T, D) -> (T, D)."""
+    T, eps, weights = len(h), model.key("attention.layer_norm_rms_epsilon"), model.weights
+    Hk, Hv, W = (model.key(f"ssm.{name}") for name in ("group_count", "time_step_rank", "conv_kernel"))
+    Dk, Dv = model.key("ssm.state_size"), model.key("ssm.inner_size") // Hv
+
+    mixed = tap(f"linear_attn_qkv_mixed-{i}", model.linear(f"blk.{i}.attn_qkv", h))
+    tap(f"qkv_mixed_transposed-{i}", mixed)
+    before_start = np.zeros((W - 1, mixed.shape[1]))
+    padded = tap(f"conv_input-{i}", np.concatenate([before_start, mixed]))
+    tap.state(f"conv_states_reshaped-{i}", padded[tap.start : tap.start + W - 1])
+    tap.state(f"conv_state_last-{i}", padded[T:])
+    convolved = tap(f"conv_output_raw-{i}", causal_conv(padded, weights[f"blk.{i}.ssm_conv1d.weight"]))
+    activated = tap(f"conv_output_silu-{i}", silu(convolved))
+
+    q, k, v = np.split(activated, [Hk * Dk, 2 * Hk * Dk], axis=-1)
+    q = tap(f"q_conv-{i}", q.reshape(T, Hk, Dk))
+    k = tap(f"k_conv-{i}", k.reshape(T, Hk, Dk))
+    v = tap(f"v_conv_predelta-{i}", v.reshape(T, Hv, Dv))
+    q = tap(f"q_conv_predelta-{i}", l2(q, eps)) * query_scale(Dk)
+    k = tap(f"k_conv_predelta-{i}", l2(k, eps))
+
+    alpha = tap(f"alpha-{i}", model.linear(f"blk.{i}.ssm_alpha", h))
+    rate = tap(f"a_softplus-{i}", softplus(alpha + weights[f"blk.{i}.ssm_dt.bias"]))
+    g = tap(f"gate-{i}", rate * weights[f"blk.{i}.ssm_a"])
+    beta = tap(f"beta-{i}", model.linear(f"blk.{i}.ssm_beta", h)[..., None])
+    beta = tap(f"beta_sigmoid-{i}", sigmoid(beta))[..., 0]
+
+    use = key_head(np.arange(Hv), Hk, Hv)
+    o, states = delta_rule(q[:, use], k[:, use], v, g, beta)
+    tap.state(f"state_predelta-{i}", states[tap.start])
+    tap.state(f"new_state-{i}", states[T])
+    tap(f"attn_output-{i}", o)
+    tap(f"norm-{i}", rms(o, eps))
+    z = tap(f"z-{i}", model.linear(f"blk.{i}.attn_gate", h))
+    gated = gated_norm(o, weights[f"blk.{i}.ssm_norm.weight"], z.reshape(T, Hv, Dv), eps)
+    gated = tap(f"final_output-{i}", gated.reshape(T, Hv * Dv))
+    return tap(f"linear_attn_out-{i}", model.linear(f"blk.{i}.ssm_out", gated))
