@@ -9,18 +9,18 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from scarlet_jax.errors import BadInput
-from scarlet_jax.tools.engines import ggml
+from scarlet_jax.tools.engines import ggml, steps
 from scarlet_jax.tools.engines.ggml import quantize, to_float
 
-__all__ = ["Engine", "Model", "Node", "quantize", "to_float"]
+__all__ = ["Engine", "Model", "Node", "quantize", "taps", "to_float"]
 
 _DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 26: np.dtype(np.int32)}  # of activations
 
@@ -31,7 +31,9 @@ class Model:
     A context manager. Raises BadInput if llama.cpp refuses the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, vocab_only: bool = False, lib: str | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, vocab_only: bool = False, lib: str | None = None
+    ) -> None:
         self.path = Path(path)
         self.lib = ggml.library(lib)
         if not self.path.is_file():
@@ -40,29 +42,34 @@ class Model:
         params.devices = (ctypes.c_void_p * 1)()  # no device but the CPU
         params.vocab_only = vocab_only
         self.lib.errors.clear()
-        self._model = self.lib.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
+        self.handle = self.lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.handle:
             raise BadInput(f"{path}: llama.cpp cannot load it: {self.lib.last_error()}")
-        self._vocab = self.lib.llama_model_get_vocab(self._model)
+        self._vocab = self.lib.llama_model_get_vocab(self.handle)
         self.vocab_size: int = self.lib.llama_vocab_n_tokens(self._vocab)
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Frees the model."""
-        if self._model:
-            self.lib.llama_model_free(self._model)
-        self._model = None
+        if self.handle:
+            self.lib.llama_model_free(self.handle)
+        self.handle = None
 
     def metadata(self, key: str) -> str | None:
         """A metadata value as llama.cpp prints it, or None."""
         buffer = ctypes.create_string_buffer(4096)
-        length = self.lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        length = self.lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace") if length >= 0 else None
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`."""
+        return self.metadata("general.architecture") or ""
 
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Text to token ids; nothing is added at either end."""
@@ -98,8 +105,8 @@ class Node:
 class Engine:
     """A model with a context: feeds tokens, gives the logits of each, shows every tensor on the way.
 
-    `observe(node)`, if set, is called for each graph node whose name `wants(name)`. `n_ubatch` tokens go
-    through the graph at a time; `sequences` independent ones share the context of `n_ctx` tokens each.
+    `observe(node)`, if given, is called for each graph node whose name `wants(name)`. `n_ubatch` tokens go
+    through the graph at a time. `sequences` independent ones share the context, of `n_ctx` tokens each.
     """
 
     def __init__(
@@ -113,37 +120,45 @@ class Engine:
         flash_attention: bool = False,
         type_k: str = "F32",
         type_v: str = "F32",
+        observe: Callable[[Node], None] | None = None,
+        wants: Callable[[str], bool] = lambda _name: True,
         lib: str | None = None,
     ) -> None:
         self.model = Model(path, lib=lib)
         self.lib = self.model.lib
-        self.observe: Callable[[Node], None] | None = None
-        self.wants: Callable[[str], bool] = lambda _name: True
+        self._n_ctx = n_ctx
+        self._lengths = [0] * sequences
+        self._observe, self._wants = observe, wants
         self._failure: Exception | None = None
-        self._next_position = [0] * sequences
         params = self.lib.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = n_ctx * sequences, sequences
-        params.n_batch = n_ctx * sequences
+        params.n_ctx = params.n_batch = n_ctx * sequences
         params.n_ubatch = min(n_ubatch, params.n_batch)
+        params.n_seq_max = sequences
         if hasattr(params, "n_outputs_max_per_seq"):  # else logits of one token only
             params.n_outputs_max = params.n_outputs_max_per_seq = params.n_batch
         params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
         params.flash_attn_type = int(flash_attention)
         params.type_k, params.type_v = self.lib.type_id(type_k), self.lib.type_id(type_v)
         self._callback = ggml.EvalCallback(self._on_node)  # kept: llama.cpp holds only a pointer
-        params.cb_eval = self._callback
-        self.lib.errors.clear()
-        self._context = self.lib.llama_init_from_model(self.model._model, params)
-        if not self._context:
-            self.model.close()
-            raise BadInput(f"{path}: llama.cpp cannot make a context: {self.lib.last_error()}")
-        if (self.lib.llama_n_seq_max(self._context), self.lib.llama_n_ubatch(self._context)) != (sequences, params.n_ubatch):
-            raise BadInput(f"{self.lib.path}: llama_context_params has a layout that is not known here")
+        if observe:
+            params.cb_eval = self._callback
+        self._context = self._new_context(params)
 
-    def __enter__(self) -> Engine:
+    def _new_context(self, params: Any) -> int:
+        self.lib.errors.clear()
+        context = self.lib.llama_init_from_model(self.model.handle, params)
+        if not context:
+            self.model.close()
+            raise BadInput(f"{self.model.path}: llama.cpp cannot make a context: {self.lib.last_error()}")
+        asked = (params.n_seq_max, params.n_ubatch)
+        if asked != (self.lib.llama_n_seq_max(context), self.lib.llama_n_ubatch(context)):
+            raise BadInput(f"{self.lib.path}: llama_context_params has a layout that is not known here")
+        return context
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -156,59 +171,53 @@ class Engine:
     def clear(self) -> None:
         """Forgets every sequence."""
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self._context), True)
-        self._next_position = [0] * len(self._next_position)
+        self._lengths = [0] * len(self._lengths)
 
     def decode(self, tokens: Sequence[int], *, sequences: Sequence[int] | None = None) -> np.ndarray:
-        """Feeds tokens, each at the end of its sequence (all of sequence 0 by default) -> logits f32 (T, V)."""
+        """Feeds tokens, each at the end of its sequence (0 by default) -> the logits after each, f32 (T, V).
+
+        Raises BadInput for no tokens, ids outside the vocabulary, and more tokens than the context holds.
+        """
         sequences = [0] * len(tokens) if sequences is None else sequences
-        batch, _alive = self._batch(tokens, sequences)
+        self._check(tokens)
+        batch, _alive = _batch(tokens, self._positions(sequences), sequences)
         self.lib.errors.clear()
         status = self.lib.llama_decode(self._context, batch)
         failure, self._failure = self._failure, None
         if failure:
             raise failure
         if status:
-            raise BadInput(f"{self.model.path}: llama.cpp cannot decode: {self.lib.last_error()} (status {status})")
+            raise BadInput(f"{self.model.path}: llama.cpp cannot decode: {self.lib.last_error()} ({status})")
         logits = self.lib.llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, (len(tokens), self.model.vocab_size)).copy()
 
-    def _batch(self, tokens: Sequence[int], sequences: Sequence[int]) -> tuple[ggml.Batch, Any]:
-        """The tokens as llama.cpp takes them, and what must live as long as that."""
-        count = len(tokens)
-        if not count:
+    def _check(self, tokens: Sequence[int]) -> None:
+        if not len(tokens):
             raise BadInput("no tokens: expected one or more")
-        if wrong := [token for token in tokens if not 0 <= token < self.model.vocab_size]:
-            raise BadInput(f"token id {wrong[0]}: expected 0 to {self.model.vocab_size - 1}")
+        for token in tokens:
+            if not 0 <= token < self.model.vocab_size:
+                raise BadInput(f"token id {token}: expected 0 to {self.model.vocab_size - 1}")
+
+    def _positions(self, sequences: Sequence[int]) -> list[int]:
+        """The next position of each token's sequence."""
+        lengths = self._lengths.copy()
         positions = []
         for sequence in sequences:
-            positions.append(self._next_position[sequence])
-            self._next_position[sequence] += 1
-        ints = ctypes.c_int32 * count
-        ids = ints(*sequences)
-        pointers = [ctypes.pointer(ctypes.c_int32.from_buffer(ids, 4 * i)) for i in range(count)]
-        columns = {
-            "token": ints(*tokens),
-            "pos": ints(*positions),
-            "n_seq_id": ints(*[1] * count),
-            "seq_id": (ctypes.POINTER(ctypes.c_int32) * count)(*pointers),
-            "logits": (ctypes.c_int8 * count)(*[1] * count),
-        }
-        batch = ggml.Batch(n_tokens=count)
-        for name, column in columns.items():
-            kind = dict(ggml.Batch._fields_)[name]
-            setattr(batch, name, ctypes.cast(column, kind))
-        return batch, (columns, ids)
+            positions.append(lengths[sequence])
+            lengths[sequence] += 1
+        if max(lengths) > self._n_ctx:
+            raise BadInput(f"{max(lengths)} tokens: expected {self._n_ctx} or fewer, the context's length")
+        self._lengths = lengths
+        return positions
 
     def _on_node(self, tensor: int, ask: bool, _user_data: int) -> bool:
         """llama.cpp's evaluation callback. An exception ends the evaluation; `decode` raises it again."""
-        if self.observe is None:
-            return False
         try:
             name = self.lib.ggml_get_name(tensor).decode()
-            if not self.wants(name):
-                return not ask
-            if not ask:
-                self.observe(self._node(tensor, name))
+            if ask:
+                return self._wants(name)
+            if self._observe:
+                self._observe(self._node(tensor, name))
             return True
         except Exception as error:
             self._failure = error
@@ -224,7 +233,8 @@ class Engine:
         size = self.lib.ggml_nbytes(tensor)
         raw = np.empty(size, np.uint8)
         self.lib.ggml_backend_tensor_get(tensor, raw.ctypes.data, 0, size)
-        return np.ascontiguousarray(np.ndarray(struct.ne[::-1], _DTYPES[struct.type], raw, strides=struct.nb[::-1]))
+        dtype = _DTYPES[struct.type]
+        return np.ascontiguousarray(np.ndarray(struct.ne[::-1], dtype, raw, strides=struct.nb[::-1]))
 
     def _weight(self, struct: ggml.TensorStruct) -> tuple[str, str] | None:
         """The weight that `struct` is the product of, seen through a change of shape or a separate scale."""
@@ -237,3 +247,123 @@ class Engine:
             return source_name, self.lib.ggml_type_name(source.type).decode().upper()
         scaled = op == "MUL" and self.lib.ggml_get_name(struct.src[1]).decode().endswith(".scale")
         return self._weight(source) if op == "RESHAPE" or scaled else None
+
+
+def _batch(
+    tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+) -> tuple[ggml.Batch, Any]:
+    """The tokens as llama.cpp takes them, logits wanted of each, and what must live as long as the batch."""
+    count = len(tokens)
+    ints = ctypes.c_int32 * count
+    owners = ints(*sequences)
+    each = [ctypes.pointer(ctypes.c_int32.from_buffer(owners, 4 * i)) for i in range(count)]
+    columns = {
+        "token": ints(*tokens),
+        "pos": ints(*positions),
+        "n_seq_id": ints(*[1] * count),
+        "seq_id": (ctypes.POINTER(ctypes.c_int32) * count)(*each),
+        "logits": (ctypes.c_int8 * count)(*[1] * count),
+    }
+    kinds = dict(ggml.Batch._fields_)
+    pointers = {name: ctypes.cast(column, kinds[name]) for name, column in columns.items()}
+    return ggml.Batch(n_tokens=count, **pointers), (columns, owners)
+
+
+# ------------------------------------------------------------------------------
+# Taps, as a dump has them
+# ------------------------------------------------------------------------------
+
+# What the axes of a tensor are, slow to fast, where they are not (tokens, ...) already or where a token or a
+# head more or less would change how many there are. T is what comes first in a dump: tokens, or for states of
+# the convolution the time before them.
+_AXES = (
+    dict.fromkeys(("kq", "kq_soft_max", "kqv"), "NTS")
+    | dict.fromkeys(("qkv_mixed_transposed", "conv_input"), "CT")
+    | dict.fromkeys(("conv_states", "conv_states_reshaped", "conv_state_last", "conv_state_update"), "CT")
+    | dict.fromkeys(("state_predelta", "new_state"), "HVK")
+    | dict.fromkeys(("Qcur_reshaped", "Qcur_normed", "Qcur", "Kcur_normed", "Kcur", "Vcur"), "TNH")
+    | dict.fromkeys(("q_conv", "q_conv_predelta", "k_conv", "k_conv_predelta", "v_conv_predelta"), "TNH")
+    | dict.fromkeys(("beta", "beta_sigmoid"), "TN1")
+)
+_FLAT = ("conv_states", "conv_state_update")  # llama.cpp's rows of the cache, (C, K - 1) without the shape
+
+
+def taps(
+    path: str | os.PathLike[str],
+    tokens: Sequence[int],
+    select: str | None = None,
+    decode: int = 0,
+    **options: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]], str]:
+    """Every tensor that llama.cpp names, as a dump has them; the weights behind them; the engine's version.
+
+    The last `decode` tokens are fed one at a time, the others in one pass; see `steps.join` for how the parts
+    are put together. `select` is a regular expression that a name has to contain a match of. Taps are f32, or
+    i32 where they are indices, token axis first, in execution order. Weights are tap -> (name, quant type).
+    `options` are Engine's. Raises BadInput for what cannot be read or run.
+    """
+    recorder = _Recorder(re.compile(select or ""))
+    passes = steps.split(tokens, decode)
+    room = {"n_ctx": len(tokens), "n_ubatch": len(tokens)}
+    with Engine(path, **(room | options), observe=recorder.see, wants=recorder.wants) as engine:
+        recorder.conv_kernel = int(engine.model.metadata(f"{engine.model.architecture}.ssm.conv_kernel") or 0)
+        joined = steps.join((len(part), recorder.record(engine, part)) for part in passes)
+        return joined, recorder.weights, f"llama.cpp {engine.lib.version}"
+
+
+class _Recorder:
+    """Collects the named nodes of a pass in the conventions of a dump (spec section 5 has llama.cpp's)."""
+
+    def __init__(self, select: re.Pattern[str]) -> None:
+        self.select = select
+        self.conv_kernel = 0
+        self.weights: dict[str, tuple[str, str]] = {}
+        self._taps: dict[str, np.ndarray] = {}
+        self._count = self._seen = 0  # tokens of this pass, and of all with it
+
+    def record(self, engine: Engine, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+        """Feeds `tokens` and returns their taps."""
+        self._taps = {}
+        self._count = len(tokens)
+        self._seen += len(tokens)
+        engine.decode(tokens)
+        return self._taps
+
+    def wants(self, node_name: str) -> bool:
+        """Whether a node is an activation with a name of its own, and was asked for."""
+        name = _tap_name(node_name)
+        own = name and not name.startswith(("node_", "leaf_", "cache_")) and not re.search(r"[(#]", name)
+        return bool(own and self.select.search(name))
+
+    def see(self, node: Node) -> None:
+        """Takes a node; a name that occurs twice keeps the last, in its last place."""
+        name = _tap_name(node.name)
+        self._taps.pop(name, None)
+        self._taps[name] = self._arranged(steps.stem(name), node.array)
+        self.weights.pop(name, None)
+        if node.weight:
+            self.weights[name] = node.weight
+
+    def _arranged(self, kind: str, array: np.ndarray) -> np.ndarray:
+        """GGML's four axes, slow to fast -> as many as there are, those of time first."""
+        if kind in _FLAT:
+            array = array.reshape(1, 1, -1, self.conv_kernel - 1)
+        axes = _AXES.get(kind, "")
+        shape = array.shape[-len(axes) :] if axes else ()
+        if not axes or ("N" in axes and shape[axes.index("T")] != self._count):
+            return array.reshape(_natural_shape(array.shape, self._count))
+        array = array.reshape(shape)
+        if "T" in axes:
+            array = np.ascontiguousarray(np.moveaxis(array, axes.index("T"), 0))
+        return array[..., : self._seen] if kind in steps.KEYS_LAST else array
+
+
+def _tap_name(node_name: str) -> str:
+    """A node's name; a copy into the cache goes by the name of its place there."""
+    return node_name.partition(" (copy of ")[0]
+
+
+def _natural_shape(shape: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """Without GGML's leading ones, but with the token axis even if it is one of them."""
+    first = next((i for i, length in enumerate(shape) if length > 1), 3)
+    return shape[first:] if tokens > 1 else (1, *shape[first:])
