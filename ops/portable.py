@@ -42,8 +42,9 @@ def matmul_by_tiles(x: jax.Array, rows: jax.Array, to_f32: Callable[[jax.Array],
         return _product(x, to_f32(rows))
 
     def multiply_tile(i: jax.Array, y: jax.Array) -> jax.Array:
-        start = jnp.minimum(i * tile, out - tile)
-        weights = to_f32(lax.dynamic_slice_in_dim(rows, start, tile, axis=0))
+        # Without the barrier XLA:CPU, which has no bf16 slice, converts all rows once before the loop.
+        start, source = lax.optimization_barrier((jnp.minimum(i * tile, out - tile), rows))
+        weights = to_f32(lax.dynamic_slice_in_dim(source, start, tile, axis=0))
         return lax.dynamic_update_slice_in_dim(y, _product(x, weights), start, axis=-1)
 
     y = jnp.zeros((*x.shape[:-1], out), jnp.float32)

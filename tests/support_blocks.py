@@ -49,8 +49,8 @@ def _put_f16(blocks: np.ndarray, offset: int, bits) -> None:
     blocks[:, offset : offset + 2] = np.asarray(bits, "<u2").reshape(-1, 1).view(np.uint8)
 
 
-def _finite(qtype: str, blocks: np.ndarray, bits: int = 0x3C00) -> np.ndarray:
-    """The same blocks with their f16 scales all `bits`, 1.0 unless told."""
+def with_scale(qtype: str, blocks: np.ndarray, bits: int = 0x3C00) -> np.ndarray:
+    """The same blocks with their f16 scales all `bits`, 1.0 unless told; other kinds of scale 1.0."""
     blocks = blocks.copy()
     for offset in LAYOUTS[qtype].f16:
         _put_f16(blocks, offset, bits)
@@ -58,8 +58,10 @@ def _finite(qtype: str, blocks: np.ndarray, bits: int = 0x3C00) -> np.ndarray:
         for word in range(4):
             high = blocks[:, 49 + 2 * word]
             high[:] = high & 0x0F | (bits >> 4 * word & 0x0F) << 4
-    if qtype == "F32":
-        blocks[:] = np.array([0x3F800000], "<u4").view(np.uint8)
+    if qtype in ("F32", "BF16"):
+        blocks[:] = np.array([0x3F800000], "<u4").view(np.uint8)[-blocks.shape[1] :]
+    if qtype in ("MXFP4", "NVFP4"):
+        blocks[:, LAYOUTS[qtype].scales] = {"MXFP4": 127, "NVFP4": 7 << 3}[qtype]
     return blocks
 
 
@@ -67,7 +69,7 @@ def random_blocks(qtype: str, count: int, seed: int = 0) -> np.ndarray:
     """Uniformly random bytes, half of them with scales of 1: uint8 (count, block bytes)."""
     rng = np.random.default_rng([seed, QTYPES.index(qtype)])
     blocks = rng.integers(0, 256, (count, block_size(qtype)[1]), np.uint8)
-    blocks[::2] = _finite(qtype, blocks[::2])
+    blocks[::2] = with_scale(qtype, blocks[::2])
     return blocks
 
 
@@ -80,10 +82,10 @@ def _each_bit(background: np.ndarray) -> np.ndarray:
 def single_bits(qtype: str) -> np.ndarray:
     """Each bit alone: over zeros, over unit scales with zero quants, over a random block of unit scale."""
     zeros = np.zeros((1, block_size(qtype)[1]), np.uint8)
-    units = _finite(qtype, zeros)
+    units = with_scale(qtype, zeros)
     units[:, LAYOUTS[qtype].scales] = 0x11
-    units = _finite(qtype, units)
-    backgrounds = [zeros, units, _finite(qtype, random_blocks(qtype, 1, seed=1))]
+    units = with_scale(qtype, units)
+    backgrounds = [zeros, units, with_scale(qtype, random_blocks(qtype, 1, seed=1))]
     return np.concatenate([_each_bit(background[0]) for background in backgrounds])
 
 
@@ -99,7 +101,7 @@ def extreme_blocks(qtype: str) -> np.ndarray:
     blocks = []
     for payload in payloads if layout.f16 or qtype == "IQ1_M" else []:
         for scales in itertools.product(SPECIAL_F16, repeat=max(1, len(layout.f16))):
-            block = _finite(qtype, payload, scales[0])
+            block = with_scale(qtype, payload, scales[0])
             for offset, bits in zip(layout.f16, scales, strict=False):
                 _put_f16(block, offset, bits)
             blocks.append(block)
