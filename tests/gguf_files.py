@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Sequence
 
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
@@ -77,7 +78,7 @@ class RawTensor:
 
 
 def pack(
-    values: list[tuple[str | bytes, bytes]],
+    values: Sequence[tuple[str | bytes, bytes]],
     tensors: list[RawTensor],
     *,
     magic: bytes = b"GGUF",

@@ -216,6 +216,10 @@ def f32(name: str, ne: list[int], offset: int = 0, **lies) -> RawTensor:
         # products that come out as 0, or as what there is, in 64 bits
         ([RawTensor("t", [2**32, 2**32], data=bytes(64))], r"truncated: tensor 't' ends at byte 7378697629"),
         ([RawTensor("t", [2**16] * 4, data=bytes(64))], r"truncated: tensor 't' ends at byte 7378697629"),
+        (
+            [RawTensor("t", [4, 2**32, 2**32], data=bytes(64))],
+            r"truncated: tensor 't' ends at byte 295147905",
+        ),
         ([RawTensor("t", [2**62 + 1], data=bytes(64))], r"truncated: tensor 't' ends at byte 184467440"),
         ([RawTensor("t", [2**64 - 1], data=bytes(64))], r"truncated: tensor 't' ends at byte"),
         (
