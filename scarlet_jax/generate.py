@@ -203,7 +203,7 @@ def _next_token(logits: Array, key: Array, step: int | Array, params: Sampling) 
 def stream_text(
     tokenizer: Tokenizer, ids: Iterable[int], *, stop: Sequence[str] = (), special: bool = False
 ) -> Iterator[str]:
-    """The text of ids as they come, never half a character, up to the first of the `stop` strings.
+    """The text of ids as they come, never half a character, up to the `stop` string that is complete first.
 
     What may turn out to be the beginning of a stop string is held back. `special`: whether control tokens
     show.
@@ -213,13 +213,12 @@ def stream_text(
     for id in ids:
         waiting += detokenizer.push(id)
         found = [at for at in map(waiting.find, stop) if at >= 0]
-        if found:
-            yield waiting[: min(found)]
-            return
-        certain = len(waiting) - held_back(waiting, stop)
+        certain = min(found) if found else len(waiting) - held_back(waiting, stop)
         if certain:
             yield waiting[:certain]
-            waiting = waiting[certain:]
+        if found:
+            return
+        waiting = waiting[certain:]
     if rest := waiting + detokenizer.flush():
         yield rest
 
