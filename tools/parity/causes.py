@@ -1,0 +1,147 @@
+"""The name of a fault, from the shape of what it left behind.
+
+Three kinds of hypothesis compete to explain the first broken tap: the operation's known misreadings re-run on our
+engine's own inputs, structures that any operation may show (a gain, a permutation, a shift, a period), and, for a
+product with a quantised weight, misread bits of its blocks. What a hypothesis has to fit is fitted on every other
+token and its share of the residual is measured on the tokens held back. A name is given only where the held-out
+share leaves little to chance; otherwise the cause stays unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scarlet_jax.tools.parity import bits, graph, structure
+from scarlet_jax.tools.parity.local import Pair
+from scarlet_jax.tools.parity.verdict import Tap
+from scarlet_jax.tools.parity.view import LayerView
+
+ENOUGH = 0.90  # held-out share of the residual's energy that a hypothesis must explain
+CERTAIN = 0.999  # and the share above which nothing simpler is looked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """One explanation: its name, how much it explains on held-out tokens, and in words why."""
+
+    name: str
+    explained: float
+    evidence: str
+    kind: str
+    simplicity: int = 0  # lower is simpler: breaks ties
+
+    def as_cause(self) -> dict[str, Any]:
+        """The report's `cause`, and `kind` for the verdict."""
+        return {
+            "name": self.name,
+            "evidence": self.evidence,
+            "confidence": round(float(max(0.0, min(1.0, self.explained))), 4),
+            "kind": self.kind,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a hypothesis is judged on.
+
+    `ours` is the broken output, `right` what the formula makes of our engine's inputs (or the reference's output
+    where there is no formula), both (T, ...) float64; `floor` the expected error of each element.
+    """
+
+    ours: np.ndarray
+    right: np.ndarray
+    floor: float
+    view: LayerView | None
+    op: graph.Op | None
+    tap: Tap
+
+    @property
+    def residual(self) -> np.ndarray:
+        """What has to be explained."""
+        return self.ours - self.right
+
+
+def name(pair: Pair, taps: Sequence[Tap], first: Tap, weights: Any = None) -> dict[str, Any] | None:
+    """The cause of the first broken tap, or None where nothing explains it."""
+    case = _case(pair, first)
+    if first.metrics.not_finite[0]:
+        return _not_finite(case).as_cause()
+    found = [*_variants(case), *structure.hypotheses(case, pair, Hypothesis)]
+    if weights is not None and first.qtype and case.op is not None and case.op.weight:
+        found += bits.hypotheses(case, weights, Hypothesis)
+    good = [h for h in found if h.explained >= ENOUGH]
+    if not good:
+        return None
+    return _best(good).as_cause()
+
+
+def _best(found: Sequence[Hypothesis]) -> Hypothesis:
+    """What explains most; among those that explain practically all, the simplest."""
+    top = max(h.explained for h in found)
+    slack = 0.02 if top < CERTAIN else max(1e-3, 0.1 * (1 - top))
+    close = [h for h in found if h.explained >= top - slack]
+    return min(close, key=lambda h: (h.simplicity, -h.explained))
+
+
+def _case(pair: Pair, tap: Tap) -> Case:
+    op = graph.find(tap.op, tap.kind)
+    ours = np.asarray(pair.ours.taps[tap.name], np.float64)
+    reference = np.asarray(pair.reference.taps[tap.name], np.float64)
+    facts = pair.chosen.get((tap.kind, tap.op), pair.reference.facts)
+    view = pair.ours.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[0]) if op else None
+    floor = (tap.local.floor if tap.local else 0.0) * float(np.linalg.norm(reference))
+    right = reference
+    if tap.local is not None and tap.local.method in ("formula", "span"):
+        right = ours - tap.local.ours_residual
+        if tap.local.method == "formula" and tap.local.ours < 0.3 * tap.local.reference:
+            # Our engine follows the formula and the reference does not: explain the reference's departure.
+            view = pair.reference.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[1])
+            right, ours = reference - (tap.local.ours_residual - tap.local.residual), reference
+    return Case(ours, right.reshape(ours.shape), floor, view, op, tap)
+
+
+def _not_finite(case: Case) -> Hypothesis:
+    bad = np.argwhere(~np.isfinite(case.ours))
+    share = len(bad) / max(1, case.ours.size)
+    at = tuple(int(i) for i in bad[0]) if len(bad) else ()
+    return Hypothesis("nan", 1.0, f"{share:.1%} of the elements are NaN or infinite, first at {at}", "nan")
+
+
+def share(case: Case, candidate: np.ndarray, rows: np.ndarray | slice = slice(None)) -> float:
+    """The part of the residual's energy that `candidate` in place of the right output explains, on `rows`."""
+    left = (case.ours - candidate)[rows]
+    energy = float((case.residual[rows] ** 2).sum())
+    if not energy or not np.isfinite(left).all():
+        return 0.0
+    size = case.residual.size / max(1, case.residual[rows].size)
+    return 1.0 - max(0.0, float((left**2).sum()) - case.floor**2 / size) / energy
+
+
+def _variants(case: Case) -> list[Hypothesis]:
+    """The operation's known misreadings, re-run."""
+    if case.op is None or case.view is None:
+        return []
+    found = []
+    for label, run in case.op.variants.items():
+        try:
+            with np.errstate(all="ignore"):
+                candidate = np.asarray(run(case.view), np.float64)
+        except (graph.Missing, ValueError, IndexError, KeyError, ZeroDivisionError, np.linalg.LinAlgError):
+            continue
+        if candidate.size != case.ours.size:
+            continue
+        explained = share(case, candidate.reshape(case.ours.shape))
+        short = label.split(",")[0].split("=")[0].strip()
+        found.append(
+            Hypothesis(short, explained, f"re-run as '{label}': {explained:.2%} explained", "variant")
+        )
+    return found
+
+
+def table(found: Sequence[Hypothesis]) -> Mapping[str, float]:
+    """Name -> explained share, best first: for looking at."""
+    return {h.name: h.explained for h in sorted(found, key=lambda h: -h.explained)}

@@ -1,0 +1,282 @@
+"""Two dumps in, one report out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scarlet_jax.errors import BadInput
+from scarlet_jax.tools.parity import (
+    align,
+    arithmetics,
+    causes,
+    facts,
+    graph,
+    local,
+    metrics,
+    names,
+    validity,
+    verdict,
+)
+from scarlet_jax.tools.parity.dump import Dump
+from scarlet_jax.tools.parity.readers import read
+from scarlet_jax.tools.parity.view import Run, residual_stream
+
+Source = Dump | str | os.PathLike[str]
+
+
+def compare(
+    ours: Source,
+    reference: Source,
+    *,
+    model: str | os.PathLike[str] | Any = None,
+    mapping: Mapping[str, str] | str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Compare two dumps (or files of any known format).
+
+    Args:
+        ours: the dump on trial.
+        reference: the dump to trust.
+        model: the GGUF file that both ran, if at hand: its weights make every product checkable.
+        mapping: reader's tap name -> our tap name, or a JSON file of that.
+
+    Returns:
+        The report of the contract: plain data, ready for JSON. `report["exit"]` is the command's exit code.
+
+    Raises:
+        BadInput: a file is not a dump, or the two share no tap.
+    """
+    dumps = [names.rename(d if isinstance(d, Dump) else read(d), mapping) for d in (ours, reference)]
+    weights = _weights(model)
+    return Comparison(dumps[0], dumps[1], weights).report()
+
+
+def _weights(model: Any) -> Any:
+    if isinstance(model, str | os.PathLike):
+        from scarlet_jax.tools.parity.weights import ModelWeights
+
+        return ModelWeights(Path(model))
+    return model
+
+
+class Comparison:
+    """One comparison under way; `report()` is its result, the rest is kept for whoever draws it."""
+
+    def __init__(self, ours: Dump, reference: Dump, weights: Any = None):
+        self.ours, self.reference, self.weights = ours, reference, weights
+        self.alignment = align.align(ours, reference)
+        if not self.alignment.matches:
+            raise BadInput(
+                f"the dumps share no tap: {_few(ours)} against {_few(reference)}; expected common names or a --map"
+            )
+        self.views = tuple(
+            align.Aligned(dump, self.alignment.matches, side)
+            for dump, side in ((ours, "ours"), (reference, "reference"))
+        )
+        self.taps: list[verdict.Tap] = []
+        self.notes: list[str] = [*ours.notes, *reference.notes]
+        self.pair = self._pair()
+
+    def report(self) -> dict[str, Any]:
+        """Measure, judge, decide, name."""
+        self._measure()
+        empty = next((t.name for t in self.taps if not t.metrics.tokens.size), None)
+        if empty is not None and all(not t.metrics.tokens.size for t in self.taps):
+            return self._result("invalid", why=f"every tap is empty, first {empty}")
+        measured = {t.name: t.metrics for t in self.taps}
+        void = validity.check(self.ours, self.reference, self.views, measured)
+        if void:
+            return self._result("invalid", why=void)
+        self._judge()
+        verdict.find_broken(self.taps)
+        if verdict.other_model(self.taps):
+            return self._result(
+                "invalid", why="other model: the learned weights differ at nearly every operation"
+            )
+        return self._decide()
+
+    def _decide(self) -> dict[str, Any]:
+        label, first, factor = verdict.decide(self.taps)
+        cause = None
+        if first is not None:
+            cause = causes.name(self.pair, self.taps, first, self.weights)
+            if cause and cause["kind"] == "quantisation":
+                label, first, factor = verdict.decide(self.taps, prefer="qtype")
+        return self._result(label, first, factor, cause)
+
+    def _pair(self) -> local.Pair:
+        metadata = getattr(self.weights, "metadata", None)
+        known = facts.gather([self.reference, self.ours], metadata)
+        layers = sorted({layer for n in self.alignment.matches if (layer := split(n)[1]) is not None})
+        kinds = {layer: self._kind(layer) for layer in layers}
+        before = residual_stream(layers)
+        learned: dict[tuple[int | None, str], np.ndarray] = {}
+        qtypes = _qtypes(self.ours, self.reference, self.weights)
+        runs = [Run(view, kinds, before, known, learned, self.weights, qtypes) for view in self.views]
+        return local.Pair(
+            *runs,
+            arithmetic=(local.Arithmetic(), local.Arithmetic()),
+            resolution=(self.ours.resolution, self.reference.resolution),
+        )
+
+    def _kind(self, layer: int) -> str:
+        recurrent = (
+            "linear_attn_qkv_mixed",
+            "conv_output_silu",
+            "linear_attn_out",
+            "final_output",
+            "new_state",
+            "z",
+        )
+        dumps = (self.ours, self.reference)
+        return "ssm" if any(f"{op}-{layer}" in dump for op in recurrent for dump in dumps) else "attention"
+
+    def _measure(self) -> None:
+        for name, match in self.alignment.matches.items():
+            op_name, layer = split(name)
+            kind = self.pair.reference.kinds[layer] if layer is not None else "end"
+            op = graph.find(op_name, kind)
+            weight, qtype = self._weight(name, op, layer)
+            measured = metrics.measure(self.views[0][name], self.views[1][name])
+            self.taps.append(
+                verdict.Tap(
+                    name,
+                    op_name,
+                    layer,
+                    kind,
+                    op.klass if op else _guess_class(op_name, kind),
+                    weight,
+                    qtype,
+                    match.how,
+                    measured,
+                    None,
+                    alias=op.alias if op else False,
+                )
+            )
+
+    def _weight(self, name: str, op: graph.Op | None, layer: int | None) -> tuple[str, str]:
+        for dump in (self.ours, self.reference):
+            if name in dump.weights:
+                return dump.weights[name]
+        if op is None or not op.weight:
+            return "", ""
+        key = (None if layer is None or op.weight == "token_embd" else layer, op.weight)
+        if self.weights is not None and hasattr(self.weights, "tensor_name"):
+            return self.weights.tensor_name(key), self.weights.qtype(key) if key in self.weights else ""
+        stem = op.weight if "." in op.weight or op.weight == "ssm_a" else f"{op.weight}.weight"
+        return (stem if key[0] is None else f"blk.{layer}.{stem}"), ""
+
+    def _judge(self) -> None:
+        arithmetics.infer(self.pair, self.taps, (self.ours, self.reference))
+        clean = True
+        for tap in self.taps:
+            clean = clean and tap.metrics.relative_l2 == 0
+            if clean or not tap.metrics.tokens.size:
+                continue
+            op = graph.find(tap.op, tap.kind)
+            with np.errstate(all="ignore"):
+                tap.local = local.judge(self.pair, op, tap.layer, tap.kind, tap.name)
+            if tap.local.ratio < 1:
+                tap.local.residual = tap.local.ours_residual = None
+
+    def _result(
+        self,
+        label: str,
+        first: verdict.Tap | None = None,
+        factor: verdict.Factor | None = None,
+        cause: Mapping[str, Any] | None = None,
+        why: str = "",
+    ) -> dict[str, Any]:
+        spread, peak = verdict.axes(self.taps)
+        return {
+            "verdict": label,
+            "exit": verdict.EXIT[label],
+            "class": first.klass if first else "input" if why.startswith("other tokens") else None,
+            "first": _first(first),
+            "factor": {"kind": factor.kind, "value": factor.value} if factor else None,
+            "cause": {k: cause[k] for k in ("name", "evidence", "confidence")} if cause else None,
+            "why": why,
+            "axes": {"spread": spread, "peak": _json_float(peak)},
+            "engines": {"ours": self.ours.engine, "reference": self.reference.engine},
+            "model": self.reference.model or self.ours.model,
+            "tokens": len(self.reference.tokens or self.ours.tokens),
+            "taps": [_row(tap) for tap in self.taps],
+            "unmatched": {"ours": self.alignment.only_ours, "reference": self.alignment.only_reference},
+            "notes": self.notes + [f"{t.name}: {t.note}" for t in self.taps if t.note],
+        }
+
+
+def split(name: str) -> tuple[str, int | None]:
+    """ "l_out-3" -> ("l_out", 3); "result_norm" -> ("result_norm", None)."""
+    op, _, layer = name.rpartition("-")
+    return (op, int(layer)) if op and layer.isdigit() else (name, None)
+
+
+def _qtypes(ours: Dump, reference: Dump, weights: Any) -> dict[tuple[int | None, str], str]:
+    from scarlet_jax.tools.parity.weights import parse
+
+    found = {parse(weight): qtype for dump in (ours, reference) for weight, qtype in dump.weights.values()}
+    if weights is not None and hasattr(weights, "qtype"):
+        found |= {key: weights.qtype(key) for key in weights}
+        found[None, "output"] = weights.qtype((None, "output"))
+    return found
+
+
+def _first(tap: verdict.Tap | None) -> dict[str, Any] | None:
+    if tap is None:
+        return None
+    return {
+        "tap": tap.name,
+        "layer": tap.layer,
+        "op": tap.op,
+        "weight": tap.weight or None,
+        "qtype": tap.qtype or None,
+    }
+
+
+def _row(tap: verdict.Tap) -> dict[str, Any]:
+    m, evidence = tap.metrics, tap.local
+    return {
+        "name": tap.name,
+        "layer": tap.layer,
+        "op": tap.op,
+        "class": tap.klass,
+        "relative_l2": _json_float(m.relative_l2),
+        "norm_ratio": _json_float(m.norm_ratio),
+        "cosine": _json_float(m.cosine),
+        "max_abs": _json_float(m.max_abs),
+        "max_at": list(m.max_at),
+        "local_relative_l2": _json_float(evidence.difference) if evidence else 0.0,
+        "noise_floor": _json_float(evidence.floor) if evidence else None,
+        "method": evidence.method if evidence else "identical",
+        "weight": tap.weight or None,
+        "qtype": tap.qtype or None,
+        "aligned": tap.aligned,
+        "broken": tap.broken,
+    }
+
+
+def _json_float(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _guess_class(op: str, kind: str) -> str:
+    for word, klass in (
+        ("moe", "moe"),
+        ("exp", "moe"),
+        ("ffn", "ffn"),
+        ("norm", "norm"),
+        ("embd", "embedding"),
+    ):
+        if word in op:
+            return klass
+    return kind if kind in ("ssm", "attention") else "head"
+
+
+def _few(dump: Sequence[str] | Dump) -> str:
+    listed = list(dump)[:3]
+    return f"{', '.join(listed)}{', ...' if len(dump) > 3 else ''}" if listed else "no taps at all"

@@ -1,0 +1,125 @@
+"""The mathematics of the family's operations in numpy, in whatever float type the arguments have.
+
+Written from the papers and the fact sheet, not from the engine: an analyzer that shared code with what it judges
+would share its mistakes. Letters as in `scarlet_jax.types`; the token axis comes first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def rms(x: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich, 2019)."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
+
+
+def l2(x: np.ndarray, eps: float) -> np.ndarray:
+    """x / sqrt(sum(x^2) + eps) over the last axis."""
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + e^-x), without overflow."""
+    return (0.5 * (1 + np.tanh(0.5 * x))).astype(x.dtype, copy=False)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x sigmoid(x)."""
+    return x * sigmoid(x)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """The tanh form of GELU."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def softplus(x: np.ndarray) -> np.ndarray:
+    """log(1 + e^x), without overflow."""
+    return np.logaddexp(x.dtype.type(0), x)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; rows of -inf give zeros."""
+    top = x.max(axis=-1, keepdims=True)
+    e = np.exp(x - np.where(np.isfinite(top), top, 0))
+    return e / np.maximum(e.sum(axis=-1, keepdims=True), np.finfo(x.dtype).tiny)
+
+
+def causal_conv(padded: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """y[t, c] = sum_j kernel[c, j] padded[t + j, c]: padded (W-1+T, C), kernel (C, W)."""
+    width = kernel.shape[1]
+    tokens = len(padded) - (width - 1)
+    y = padded[:tokens] * kernel[:, 0]
+    for j in range(1, width):
+        y = y + padded[j : j + tokens] * kernel[:, j]
+    return y
+
+
+def rotate(x: np.ndarray, angle: np.ndarray, *, adjacent: bool = False) -> np.ndarray:
+    """Turn the first 2M dims of x (T, N, H) by angle (T, M); dims i, i+M are a pair, or 2i, 2i+1 if adjacent."""
+    pairs = angle.shape[-1]
+    first, second = pair_dims(pairs, adjacent)
+    cos, sin = np.cos(angle)[:, None].astype(x.dtype), np.sin(angle)[:, None].astype(x.dtype)
+    a, b = x[..., first], x[..., second]
+    y = x.copy()
+    y[..., first] = a * cos - b * sin
+    y[..., second] = a * sin + b * cos
+    return y
+
+
+def pair_dims(pairs: int, adjacent: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The dims that are rotated together: (i, i+M), or (2i, 2i+1) if adjacent."""
+    i = np.arange(pairs)
+    return (2 * i, 2 * i + 1) if adjacent else (i, i + pairs)
+
+
+def causal_mask(queries: int, keys: int) -> np.ndarray:
+    """bool (T, S): whether query t sees key s, when the queries are the last of the keys."""
+    return np.arange(keys) <= np.arange(queries)[:, None] + (keys - queries)
+
+
+def scores(q: np.ndarray, k: np.ndarray, read: np.ndarray) -> np.ndarray:
+    """q (T, N, H) . k (S, K, H) -> (T, N, S); query head n reads kv head read[n]."""
+    return np.matmul(q.transpose(1, 0, 2), k[:, read].transpose(1, 2, 0)).transpose(1, 0, 2)
+
+
+def mix(probabilities: np.ndarray, v: np.ndarray, read: np.ndarray) -> np.ndarray:
+    """probabilities (T, N, S), v (S, K, H) -> (T, N, H)."""
+    return np.matmul(probabilities.transpose(1, 0, 2), v[:, read].transpose(1, 0, 2)).transpose(1, 0, 2)
+
+
+def delta_rule(q, k, v, g, beta, state, *, rounding=None, decay_last=False, correct=True, read_first=False):
+    """The gated delta rule, token by token (Yang et al., 2024), and its known misreadings.
+
+    q, k (T, Hv, Dk), v (T, Hv, Dv), g and beta (T, Hv), state (Hv, Dv, Dk) -> o (T, Hv, Dv), the last state.
+
+    Args:
+        q: queries, already scaled.
+        k: keys.
+        v: values.
+        g: log decay.
+        beta: write strength.
+        state: the state before the first token.
+        rounding: applied to the state after every token (a state kept in low precision).
+        decay_last: the state decays after the update instead of before.
+        correct: subtract what the state already says of this key (False: plain gated linear attention).
+        read_first: the output reads the state before the update.
+    """
+    o = np.empty_like(v)
+    for t in range(len(v)):
+        decay = np.exp(g[t])[:, None, None]
+        if not decay_last:
+            state = state * decay
+        known = np.matmul(state, k[t][:, :, None])[..., 0] if correct else 0
+        write = (beta[t][:, None] * (v[t] - known))[:, :, None] * k[t][:, None, :]
+        if read_first:
+            o[t] = np.matmul(state, q[t][:, :, None])[..., 0]
+        state = state + write
+        if decay_last:
+            state = state * decay
+        if rounding is not None:
+            state = rounding(state)
+        if not read_first:
+            o[t] = np.matmul(state, q[t][:, :, None])[..., 0]
+    return o, state

@@ -1,0 +1,346 @@
+"""Local evidence: what each operation added to the divergence, with what it inherited taken out.
+
+Both engines' outputs are predicted from their *own* inputs by the same float64 formula. An engine that computes
+the operation rightly leaves a residual of its arithmetic's size, however far upstream activations have drifted;
+one that does not leaves its fault. The difference of the two residuals is the local divergence, and what rounding
+alone would leave is computed beside it by running the formula again in the engine's arithmetic.
+
+Where a weight is not given it is read off the reference's own inputs and output (a norm's gain, a bias, a
+convolution's kernel, a rotation's angles). A matrix cannot be read off so few tokens; there the inputs of our
+engine are written as combinations of the reference's, and the outputs must be the same combinations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scarlet_jax.tools.parity.arithmetic import partner
+from scarlet_jax.tools.parity.facts import Facts
+from scarlet_jax.tools.parity.graph import Missing, Op
+from scarlet_jax.tools.parity.view import Arithmetic, LayerView, Run
+
+EPS32 = 2.0**-24  # the relative error of one rounding to f32
+
+# An engine's sums run in another order and its exponentials differ in the last bits; measured on clean pairs of
+# engines, the formula's own f32 error times this covers the spread of those choices.
+SPREAD = 2.0
+
+
+@dataclasses.dataclass
+class Local:
+    """What is known about one tap's own operation.
+
+    Residuals and floors are relative to the reference's norm. `method` is "formula" (re-run on the engine's own
+    inputs), "span" (a product with an unknown matrix), "direct" (no inputs: equal or not) or "propagated"
+    (nothing but the inputs' divergence to compare with).
+    """
+
+    method: str
+    difference: float
+    ours: float
+    reference: float
+    floor: float
+    ratio: float
+    tokens: np.ndarray
+    inputs: tuple[str, ...]
+    f32_floor: float
+    facts: Facts
+    residual: np.ndarray | None = None
+    ours_residual: np.ndarray | None = None
+
+
+@dataclasses.dataclass
+class Pair:
+    """The two runs, with what was found out about them."""
+
+    ours: Run
+    reference: Run
+    arithmetic: tuple[Arithmetic, Arithmetic]
+    resolution: tuple[float, float] = (0.0, 0.0)
+    may_round: tuple[bool, bool] = (False, False)
+    chosen: dict[tuple[str, str], Facts] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _Prediction:
+    value: np.ndarray
+    noise: np.ndarray  # expected absolute error of each element
+    noise_f32: np.ndarray
+    inputs: tuple[str, ...]
+
+
+def judge(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> Local:
+    """The local evidence on `tap`, by the best method that the dumps and the model allow."""
+    ours, reference = (np.asarray(run.taps[tap], np.float64) for run in (pair.ours, pair.reference))
+    if op is None:
+        return _propagated(pair, tap, ours, reference, (), pair.reference.facts)
+    facts = _facts(pair, op, layer, kind, reference)
+    inputs: tuple[str, ...] = ()
+    try:
+        predicted = _predict(pair, 1, op, layer, kind, facts, reference.shape)
+        own = _predict(pair, 0, op, layer, kind, facts, reference.shape)
+        return _formula(pair, own, predicted, ours, reference, facts)
+    except Missing:
+        pass
+    inputs = _inputs(pair, op, layer, kind, facts)
+    if op.source:
+        return _direct(pair, ours, reference, facts)
+    if op.linear and len(inputs) == 1:
+        return _span(pair, op, layer, inputs[0], ours, reference, facts)
+    return _propagated(pair, tap, ours, reference, inputs, facts)
+
+
+def _formula(
+    pair: Pair,
+    own: _Prediction,
+    predicted: _Prediction,
+    ours: np.ndarray,
+    reference: np.ndarray,
+    facts: Facts,
+) -> Local:
+    left, right = ours - own.value, reference - predicted.value
+    noise = np.hypot(own.noise, predicted.noise)
+    noise = np.hypot(noise, max(pair.resolution) / 3**0.5)
+    f32 = np.hypot(own.noise_f32, predicted.noise_f32)
+    # A formula that fits neither engine is not theirs: how far it errs on both may move with the inputs.
+    unmodelled = min(_norm(left), _norm(right))
+    if unmodelled > 10 * _norm(noise):
+        moved = _norm(own.value - predicted.value) / max(_norm(predicted.value), 1e-300)
+        noise = np.hypot(noise, unmodelled / max(1, noise.size) ** 0.5 * min(1.0, 3 * moved + 1e-6))
+    return _local(
+        "formula", left - right, left, right, noise, f32, reference, (*own.inputs,), facts, ours_residual=left
+    )
+
+
+def _direct(pair: Pair, ours: np.ndarray, reference: np.ndarray, facts: Facts) -> Local:
+    noise = np.abs(reference) * EPS32 + max(pair.resolution)
+    return _local("direct", ours - reference, ours - reference, 0 * ours, noise, noise, reference, (), facts)
+
+
+def _span(
+    pair: Pair, op: Op, layer: int | None, source: str, ours: np.ndarray, reference: np.ndarray, facts: Facts
+) -> Local:
+    """A product with an unknown matrix: outputs must combine as the inputs do."""
+    x, x_ref = (np.asarray(run.taps[source], np.float64) for run in (pair.ours, pair.reference))
+    x, x_ref = x.reshape(len(x), -1), x_ref.reshape(len(x_ref), -1)
+    y, y_ref = ours.reshape(len(ours), -1), reference.reshape(len(reference), -1)
+    moved = x - x_ref
+    gram = x_ref @ x_ref.T
+    ridge = 1e-10 * max(np.trace(gram) / max(len(gram), 1), 1e-300)
+    mixing = moved @ x_ref.T @ np.linalg.inv(gram + ridge * np.eye(len(gram)))
+    left_over = moved - mixing @ x_ref
+    difference = (y - y_ref) - mixing @ y_ref
+    gain = _norm(y_ref) / max(_norm(x_ref), 1e-300)
+    size = y_ref.shape[1] ** 0.5
+    rounding = np.zeros(len(x))
+    for side, inputs in ((0, x), (1, x_ref)):
+        if pair.may_round[side]:
+            run = (pair.ours, pair.reference)[side]
+            how = partner(run.qtypes.get((layer, op.weight), "" if run.qtypes else "Q4_K"))
+            if how is not None:
+                rounding = np.hypot(rounding, _rows(how(inputs) - inputs))
+    # 3: a matrix may answer an arbitrary direction more than the directions that its inputs take.
+    per_token = 3 * gain * np.hypot(_rows(left_over), rounding) / size
+    depth = x.shape[1] ** 0.5
+    f32 = (
+        EPS32
+        * depth
+        * np.hypot(_rows(y_ref), np.abs(mixing).sum(axis=1) * _norm(y_ref) / len(y) ** 0.5)
+        / size
+    )
+    f32 = f32 + max(pair.resolution)
+    shape = (-1, *([1] * (reference.ndim - 1)))
+    noise = np.broadcast_to(np.hypot(per_token, f32).reshape(shape), reference.shape)
+    local = _local(
+        "span",
+        difference.reshape(reference.shape),
+        ours - reference,
+        0 * reference,
+        noise,
+        np.broadcast_to(f32.reshape(shape), reference.shape),
+        reference,
+        (source,),
+        facts,
+    )
+    local.ours_residual = local.residual
+    return local
+
+
+def _propagated(
+    pair: Pair, tap: str, ours: np.ndarray, reference: np.ndarray, inputs: tuple[str, ...], facts: Facts
+) -> Local:
+    """Nothing to re-run: only a jump far beyond the inputs' own divergence counts."""
+    inherited = 0.0
+    for name in inputs or _neighbours(pair, tap):
+        a, b = (np.asarray(run.taps[name], np.float64) for run in (pair.ours, pair.reference))
+        inherited = max(inherited, _norm(a - b) / max(_norm(b), 1e-300))
+    rounded = 0.02 if any(pair.may_round) else 0.0  # what 8-bit activations can do to one product
+    relative = np.hypot(5 * inherited, rounded) + 30 * EPS32
+    noise = np.full(reference.shape, relative * _norm(reference) / max(1, reference.size) ** 0.5)
+    noise = noise + max(pair.resolution)
+    difference = ours - reference
+    return _local("propagated", difference, difference, 0 * reference, noise, noise, reference, inputs, facts)
+
+
+def _neighbours(pair: Pair, tap: str) -> tuple[str, ...]:
+    """The taps just before in execution order, for an operation that is not in the table."""
+    names = list(pair.reference.taps)
+    at = names.index(tap)
+    return tuple(names[max(0, at - 3) : at])
+
+
+def _local(
+    method: str,
+    difference: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    noise: np.ndarray,
+    f32: np.ndarray,
+    reference: np.ndarray,
+    inputs: tuple[str, ...],
+    facts: Facts,
+    ours_residual: np.ndarray | None = None,
+) -> Local:
+    scale = max(_norm(reference), 1e-300)
+    floor = _norm(noise) + 4 * EPS32 * 1e-3 * scale
+    by_token, noise_by_token = _rows(difference), np.broadcast_to(_rows(noise), (len(difference),))
+    typical = floor / max(1, len(difference)) ** 0.5
+    # One broken token or head among many must not drown in the whole; 2 pays for looking at every one.
+    token_ratio = float((by_token / (2 * np.hypot(noise_by_token, 0.3 * typical))).max(initial=0.0))
+    reference_rows = _rows(reference)
+    return Local(
+        method,
+        _norm(difference) / scale,
+        _norm(left) / scale,
+        _norm(right) / scale,
+        floor / scale,
+        max(_norm(difference) / floor, token_ratio),
+        np.divide(by_token, reference_rows, out=np.zeros_like(by_token), where=reference_rows > 0),
+        inputs,
+        _norm(f32) / scale,
+        facts,
+        difference,
+        left if ours_residual is None else ours_residual,
+    )
+
+
+def _facts(pair: Pair, op: Op, layer: int | None, kind: str, reference: np.ndarray) -> Facts:
+    """The conventions under which the formula explains the reference; chosen at an operation's first layer."""
+    key = (kind, op.name)
+    if key in pair.chosen:
+        return pair.chosen[key]
+    facts = pair.reference.facts
+    best, chosen = np.inf, facts
+    for choice in _choices(pair, op, layer, kind, reference):
+        candidate = dataclasses.replace(facts, **choice)
+        pair.reference.learned.pop((layer, "rope.angle"), None)
+        try:
+            predicted = _run(pair, 1, op, layer, kind, candidate, reference.shape)
+        except (Missing, ValueError, ZeroDivisionError):
+            continue
+        error = _norm(reference - predicted)
+        if error < 0.5 * best:
+            best, chosen = error, candidate
+        if best <= 1e-5 * _norm(reference):
+            break
+    pair.reference.learned.pop((layer, "rope.angle"), None)
+    if np.isfinite(best):
+        pair.chosen[key] = chosen
+    return chosen
+
+
+def _choices(
+    pair: Pair, op: Op, layer: int | None, kind: str, reference: np.ndarray
+) -> Sequence[Mapping[str, Any]]:
+    if not callable(op.choices):
+        return op.choices
+    try:
+        return op.choices(_view(pair, 1, layer, kind, pair.reference.facts), reference)
+    except Missing:
+        return ({},)
+
+
+def _view(pair: Pair, side: int, layer: int | None, kind: str, facts: Facts, **options: Any) -> LayerView:
+    run = (pair.ours, pair.reference)[side]
+    return run.view(layer, kind, facts, arithmetic=pair.arithmetic[side], **options)
+
+
+def _run(
+    pair: Pair,
+    side: int,
+    op: Op,
+    layer: int | None,
+    kind: str,
+    facts: Facts,
+    shape: tuple[int, ...],
+    **options: Any,
+) -> np.ndarray:
+    view = _view(pair, side, layer, kind, facts, **options)
+    try:
+        value = op.run(view)
+    except Missing:
+        if op.fit is None or side == 0:
+            raise
+        _learn(pair, op, layer, kind, facts)
+        value = op.run(_view(pair, side, layer, kind, facts, **options))
+    if value.size != int(np.prod(shape)):
+        raise Missing(f"{op.name}: the formula gives {value.shape}, the dump {shape}")
+    return np.asarray(value, np.float64).reshape(shape)
+
+
+def _learn(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> None:
+    """Read a weight nobody gave off the reference, for both sides to use."""
+    view = _view(pair, 1, layer, kind, facts)
+    target = np.asarray(pair.reference.taps[view.tap_name(op.name)], np.float64)
+    for stem, value in op.fit(view, target).items():
+        key = (None if stem in ("output_norm",) else layer, stem)
+        pair.reference.learned[key] = value
+        pair.ours.learned[key] = value
+
+
+def _predict(
+    pair: Pair, side: int, op: Op, layer: int | None, kind: str, facts: Facts, shape: tuple[int, ...]
+) -> _Prediction:
+    """The output from the side's own inputs, with the error that its arithmetic may leave in each element."""
+    view = _view(pair, side, layer, kind, facts)
+    value = _run(pair, side, op, layer, kind, facts, shape)
+    op.run(view)
+    single = _run(pair, side, op, layer, kind, facts, shape, dtype=np.float32)
+    shaken = _run(pair, side, op, layer, kind, facts, shape, jitter=EPS32, seed=1)
+    noise = SPREAD * np.hypot(single - value, shaken - value) + 0.5 * EPS32 * np.abs(value)
+    f32 = noise
+    if pair.resolution[side]:
+        rough = _run(pair, side, op, layer, kind, facts, shape, absolute=pair.resolution[side], seed=2)
+        noise = np.hypot(noise, 2 * (rough - value))
+    if pair.arithmetic[side] != Arithmetic():
+        run = (pair.ours, pair.reference)[side]
+        plain = np.asarray(op.run(run.view(layer, kind, facts)), np.float64).reshape(shape)
+        noise = np.hypot(noise, IMITATION * (plain - value))
+    return _Prediction(value, noise, f32, tuple(dict.fromkeys(view.used)))
+
+
+# Share of a rounding's effect that its imitation may miss: ties broken otherwise, sums kept in half precision.
+IMITATION = 0.15
+
+
+def _inputs(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> tuple[str, ...]:
+    """The taps that the operation reached for before something was missing."""
+    view = _view(pair, 1, layer, kind, facts)
+    try:
+        op.run(view)
+    except (Missing, ValueError):
+        pass
+    return tuple(dict.fromkeys(view.used))
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.linalg.norm(x))
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    flat = x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1)
+    return np.sqrt(np.einsum("ij,ij->i", flat, flat))

@@ -1,0 +1,294 @@
+"""Structures that any broken operation may show: gains, offsets, permutations, shifts, periods, lost precision.
+
+Each function looks at a `Case` and yields hypotheses; what it fits, it fits on the even tokens and scores on the
+odd ones (with a single token, on every other channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from scarlet_jax.tools.parity.arithmetic import bf16, f16, q8_0
+
+Make = Callable[..., Any]
+
+
+def hypotheses(case: Any, pair: Any, make: Make) -> list[Any]:
+    """All structural explanations of a case."""
+    if not case.ours.size or not np.isfinite(case.ours).all() or not np.isfinite(case.right).all():
+        return []
+    found: list[Any] = []
+    for look in (
+        _zeros,
+        _gain,
+        _bias,
+        _channel_gain,
+        _token_gain,
+        _shift,
+        _heads,
+        _channels,
+        _precision,
+        _clip,
+        _part,
+    ):
+        with np.errstate(all="ignore"):
+            found += [make(*h) for h in look(case, pair)]
+    return found
+
+
+Found = Iterator[tuple[str, float, str, str, int]]
+
+
+def _halves(case: Any) -> tuple[Any, Any]:
+    """Fitting rows and held-out rows."""
+    tokens = len(case.ours)
+    return (slice(0, None, 2), slice(1, None, 2)) if tokens > 1 else (slice(None), slice(None))
+
+
+def _share(case: Any, candidate: np.ndarray, rows: Any = slice(None)) -> float:
+    left, whole = (case.ours - candidate)[rows], case.residual[rows]
+    energy = float((whole**2).sum())
+    if not energy or not np.isfinite(left).all():
+        return 0.0
+    floor = case.floor**2 * whole.size / case.residual.size
+    return 1.0 - max(0.0, float((left**2).sum()) - floor) / energy
+
+
+def _zeros(case: Any, _: Any) -> Found:
+    if not case.ours.any():
+        yield "zeros", 1.0, "the output is zero everywhere", "structure", 0
+
+
+def _gain(case: Any, pair: Any) -> Found:
+    fit, held = _halves(case)
+    p, y = case.right[fit], case.ours[fit]
+    gain = float((p * y).sum() / max((p * p).sum(), 1e-300))
+    explained = _share(case, gain * case.right, held)
+    if abs(gain + 1) < 0.02:
+        yield "sign", explained, f"the output is the right one times {gain:.4g}", "structure", 1
+        return
+    known = _known_gain(gain, pair.reference.facts, case.right.shape)
+    name = "missing-scale" if known else "gain"
+    text = f"the output is the right one times {gain:.6g}" + (f" = {known}" if known else "")
+    yield name, explained, text, "structure", 1
+
+
+def _known_gain(gain: float, facts: Any, shape: tuple[int, ...]) -> str:
+    """The gain as a power of a dimension or of two, where it is one."""
+    dims = {
+        "H": facts.head_dim,
+        "Dk": facts.key_dim,
+        "n": shape[-1],
+        "heads": shape[1] if len(shape) > 2 else 0,
+    }
+    for label, n in dims.items():
+        for power, text in ((0.5, "sqrt({})"), (-0.5, "1/sqrt({})"), (1, "{}"), (-1, "1/{}")):
+            if n > 1 and abs(gain / n**power - 1) < 5e-3:
+                return text.format(f"{label}={n}")
+    power = np.log2(abs(gain)) if gain else 0.0
+    return f"2^{round(power)}" if round(power) != 0 and abs(power - round(power)) < 5e-3 else ""
+
+
+def _bias(case: Any, _: Any) -> Found:
+    if len(case.ours) < 4:
+        return
+    fit, held = _halves(case)
+    bias = case.residual[fit].mean(axis=0)
+    explained = _share(case, case.right + bias, held)
+    constant = float(np.ptp(bias)) < 1e-3 * float(np.abs(bias).max(initial=0))
+    text = (
+        f"a constant of {bias.flat[0]:.4g} is added"
+        if constant
+        else "the same vector is added at every token"
+    )
+    yield "missing-bias", explained, text, "structure", 2
+
+
+def _channel_gain(case: Any, _: Any) -> Found:
+    if len(case.ours) < 4:
+        return
+    fit, held = _halves(case)
+    p, y = case.right[fit], case.ours[fit]
+    gain = (p * y).sum(axis=0) / np.maximum((p * p).sum(axis=0), 1e-300)
+    name = "norm-weight" if case.op is not None and case.op.klass == "norm" else "channel-gain"
+    yield (
+        name,
+        _share(case, gain * case.right, held),
+        "each channel has its own constant gain",
+        "structure",
+        3,
+    )
+    if case.ours.ndim == 3:
+        gain = (p * y).sum(axis=(0, 2)) / np.maximum((p * p).sum(axis=(0, 2)), 1e-300)
+        text = f"each head has its own constant gain, {gain.min():.3g} to {gain.max():.3g}"
+        yield "head-gain", _share(case, gain[:, None] * case.right, held), text, "structure", 2
+
+
+def _token_gain(case: Any, _: Any) -> Found:
+    """One gain a token, fitted on even channels and scored on odd ones."""
+    flat = (len(case.ours), -1)
+    p, y = case.right.reshape(flat), case.ours.reshape(flat)
+    if p.shape[1] < 4 or len(p) < 2:
+        return
+    gain = (p[:, ::2] * y[:, ::2]).sum(axis=1) / np.maximum((p[:, ::2] ** 2).sum(axis=1), 1e-300)
+    candidate = gain[:, None] * p
+    left, whole = (y - candidate)[:, 1::2], (y - p)[:, 1::2]
+    explained = 1 - max(0.0, (left**2).sum() - case.floor**2 / 2) / max((whole**2).sum(), 1e-300)
+    text = f"each token has its own gain, {gain.min():.4g} to {gain.max():.4g}"
+    yield "token-gain", float(explained), text, "structure", 3
+
+
+def _shift(case: Any, _: Any) -> Found:
+    tokens = len(case.ours)
+    for by in (1, -1, 2, -2):
+        if tokens <= abs(by) + 2:
+            continue
+        rows = slice(by, None) if by > 0 else slice(None, by)
+        moved = np.roll(case.right, by, axis=0)
+        text = f"every row is that of {abs(by)} token{'s' * (abs(by) > 1)} {'earlier' if by > 0 else 'later'}"
+        yield "token-shift", _share(case, moved, rows), text, "structure", 1
+    if tokens > 3:
+        yield "token-order", _share(case, case.right[::-1]), "the tokens are in reverse order", "structure", 1
+        yield (
+            "stale-row",
+            _share(case, np.broadcast_to(case.right[:1], case.right.shape)),
+            "every row is the first",
+            ("structure"),
+            2,
+        )
+
+
+def _heads(case: Any, pair: Any) -> Found:
+    """Heads (axis 1 of (T, N, H), or runs of a head's length) exchanged among themselves."""
+    shape = case.ours.shape
+    facts = pair.reference.facts
+    lengths = {shape[-1]} if len(shape) == 3 else {facts.head_dim, facts.key_dim, facts.value_dim}
+    for length in sorted(n for n in lengths if n > 1):
+        width = int(np.prod(shape[1:]))
+        if width % length or width // length < 2:
+            continue
+        cut = (len(case.ours), -1, length)
+        order = _assignment(case.ours.reshape(cut), case.right.reshape(cut))
+        if (order == np.arange(len(order))).all():
+            continue
+        candidate = case.right.reshape(cut)[:, order].reshape(shape)
+        text = f"heads are exchanged: ours 0.. are the right {_listed(order)}"
+        yield "head-permutation", _share(case, candidate), text, "structure", 1
+
+
+def _assignment(ours: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """For each group (axis 1) of ours the group of right that fits it best, one to one."""
+    a, b = (x.transpose(1, 0, 2).reshape(x.shape[1], -1) for x in (ours, right))
+    cross = a @ b.T
+    cost = (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * cross
+    return linear_sum_assignment(cost)[1]
+
+
+def _channels(case: Any, _: Any) -> Found:
+    """Channels of the last axis exchanged: halves swapped, interleaved, blocks of 32 reordered, any order."""
+    n = case.ours.shape[-1] if case.ours.ndim > 1 else 0
+    if n < 4:
+        return
+    named = {"halves swapped": np.roll(np.arange(n), n // 2), "reversed": np.arange(n)[::-1]}
+    if n % 2 == 0:
+        named["interleaved for halves"] = np.arange(n).reshape(2, -1).T.ravel()
+        named["halves for interleaved"] = np.arange(n).reshape(-1, 2).T.ravel()
+        named["neighbours swapped"] = np.arange(n).reshape(-1, 2)[:, ::-1].ravel()
+    for label, order in named.items():
+        yield "channel-permutation", _share(case, case.right[..., order]), f"channels {label}", "structure", 2
+    if 8 <= n <= 2048 and case.ours.size // n >= 6:
+        fit, held = _halves(case)
+        a, b = (x[fit].reshape(-1, n).T for x in (case.ours, case.right))
+        cost = (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * a @ b.T
+        order = linear_sum_assignment(cost)[1]
+        if not (order == np.arange(n)).all():
+            text = f"channels are exchanged: ours 0.. are the right {_listed(order)}"
+            yield "channel-permutation", _share(case, case.right[..., order], held), text, "structure", 4
+
+
+def _precision(case: Any, _: Any) -> Found:
+    for label, rounding in (("bf16", bf16), ("f16", f16), ("int8 blocks", q8_0)):
+        text = f"the output is the right one rounded to {label}"
+        yield "output-precision", _share(case, rounding(case.right)), text, "structure", 1
+
+
+def _clip(case: Any, _: Any) -> Found:
+    high, low = float(case.ours.max()), float(case.ours.min())
+    if case.right.max() > high or case.right.min() < low:
+        text = f"the output is limited to {low:.4g} .. {high:.4g}"
+        name = "missing-negative" if low == 0 and case.right.min() < 0 else "saturation"
+        yield name, _share(case, np.clip(case.right, low, high)), text, "structure", 2
+
+
+def _part(case: Any, _: Any) -> Found:
+    """The residual sits in one part of the array only: some tokens, some heads, some channels."""
+    residual = case.residual.reshape(len(case.ours), -1)
+    energy = residual**2
+    total = float(energy.sum())
+    if not total:
+        return
+    rows = energy.sum(axis=1)
+    floor = (10 * case.floor) ** 2 / max(1, len(rows))
+    bad = np.flatnonzero(rows > max(floor, 1e-4 * rows.max()))
+    tokens = len(rows)
+    if tokens >= 8 and 0 < len(bad) < 0.9 * tokens:
+        if list(bad) == [0]:
+            yield "first-token", 0.9, "only the first token is wrong: what it starts from", "structure", 6
+        elif bad[0] > 0 and len(bad) >= 0.8 * (tokens - bad[0]):
+            name = "chunk-boundary" if bad[0] % 16 == 0 else "late-tokens"
+            yield (
+                name,
+                0.9,
+                f"tokens 0 to {bad[0] - 1} are right, those from {bad[0]} on wrong",
+                "structure",
+                6,
+            )
+        elif bad[-1] < tokens - 1 and len(bad) >= 0.8 * (bad[-1] + 1):
+            yield "early-tokens", 0.9, f"only tokens 0 to {bad[-1]} are wrong", "structure", 6
+        else:
+            yield (
+                "some-tokens",
+                0.9,
+                f"{len(bad)} of {tokens} tokens are wrong: {_listed(bad)}",
+                "structure",
+                7,
+            )
+    yield from _channels_hit(case, energy)
+
+
+def _channels_hit(case: Any, energy: np.ndarray) -> Found:
+    columns = energy.sum(axis=0)
+    floor = (10 * case.floor) ** 2 / max(1, len(columns))
+    bad = np.flatnonzero(columns > max(floor, 1e-6 * columns.max()))
+    if not 0 < len(bad) < 0.9 * len(columns):
+        return
+    width = len(columns)
+    if not case.ours.reshape(len(energy), -1)[:, bad].any():
+        yield "zeros", 0.99, f"{len(bad)} of {width} channels are zero: {_listed(bad)}", "structure", 2
+    if case.ours.ndim == 3:
+        length = case.ours.shape[-1]
+        hit = np.unique(bad // length)
+        if len(hit) < case.ours.shape[1] and len(bad) > 0.5 * len(hit) * length:
+            yield "some-heads", 0.9, f"heads {_listed(hit)} of {case.ours.shape[1]} are wrong", "structure", 6
+            return
+    for period in (256, 128, 64, 32, 16):
+        if width % period or width == period:
+            continue
+        phases = np.unique(bad % period)
+        if len(phases) <= period // 2:
+            text = f"channels {_listed(phases)} of every {period} are wrong"
+            yield "channel-period", 0.9, text, "structure", 6
+            return
+    if len(bad) == bad[-1] - bad[0] + 1:
+        where = "last" if bad[-1] == width - 1 else "first" if bad[0] == 0 else "middle"
+        text = f"only the {where} channels, {bad[0]} to {bad[-1]} of {width}, are wrong"
+        yield "channel-range", 0.9, text, "structure", 6
+
+
+def _listed(values: np.ndarray) -> str:
+    shown = ", ".join(str(int(v)) for v in values[:8])
+    return shown + (", ..." if len(values) > 8 else "")

@@ -1,0 +1,165 @@
+"""The gate before any verdict: is this a measurement of two engines on the same thing at all?
+
+Each check returns one sentence when it fails. A failed check means that no operation may be blamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from scarlet_jax.tools.parity.dump import Dump
+from scarlet_jax.tools.parity.metrics import Metrics
+
+_SAMPLE = 1 << 14
+_SAME = (
+    1e-3  # relative difference below which two layers' outputs are one and the same array, shifted or copied
+)
+
+
+def check(
+    ours: Dump,
+    reference: Dump,
+    taps: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]],
+    metrics: Mapping[str, Metrics],
+) -> str | None:
+    """The first reason why the comparison is void, or None."""
+    return (
+        _tokens(ours, reference)
+        or _model(ours, reference)
+        or _not_a_number(metrics)
+        or _repeated(ours, "our dump")
+        or _repeated(reference, "the reference")
+        or _shifted(ours, reference, metrics)
+        or _mislabelled(taps, metrics)
+        or _other_text(taps, metrics)
+    )
+
+
+def _tokens(ours: Dump, reference: Dump) -> str | None:
+    a, b = list(ours.tokens), list(reference.tokens)
+    if not a or not b or a == b:
+        return None
+    if a[1:] == b or b[1:] == a:
+        side = "our" if len(a) > len(b) else "the reference's"
+        return f"other tokens: {side} prompt has one more token in front ({(a if len(a) > len(b) else b)[0]})"
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if at == min(len(a), len(b)):
+        return f"other tokens: {len(a)} tokens against {len(b)}, the first {at} equal"
+    return f"other tokens: position {at} is {a[at]} against {b[at]}"
+
+
+def _model(ours: Dump, reference: Dump) -> str | None:
+    if ours.arch and reference.arch and ours.arch != reference.arch:
+        return f"other model: architecture {ours.arch} against {reference.arch}"
+    theirs = {weight: qtype for weight, qtype in reference.weights.values()}
+    for weight, qtype in ours.weights.values():
+        if theirs.get(weight, qtype) != qtype:
+            return f"other model: {weight} is {qtype} against {theirs[weight]}"
+    return None
+
+
+def _not_a_number(metrics: Mapping[str, Metrics]) -> str | None:
+    """Dumps without a number in them; NaN that begins somewhere is a finding, not a void measurement."""
+    for side, who in ((0, "our dump"), (1, "the reference")):
+        bad = [m.not_finite[side] for m in metrics.values() if m.tokens.size]
+        if bad and all(bad):
+            return f"{who} holds NaN or infinity in every tap"
+    for name, m in metrics.items():
+        if m.not_finite[1]:
+            return f"the reference itself holds NaN or infinity, first in {name}"
+        if m.not_finite[0]:
+            return None
+    return None
+
+
+def _repeated(dump: Dump, who: str) -> str | None:
+    """One layer's arrays written under every layer's name."""
+    outputs = _stream(dump)
+    if len(outputs) < 3:
+        return None
+    first = _sample(dump[outputs[0]])
+    same = [name for name in outputs[1:] if np.array_equal(_sample(dump[name]), first)]
+    if first.any() and len(same) >= max(2, (len(outputs) - 1) // 2):
+        return f"{who} repeats one layer: {outputs[0]} and {same[0]} (and {len(same) - 1} more) are identical"
+    return None
+
+
+def _shifted(ours: Dump, reference: Dump, metrics: Mapping[str, Metrics]) -> str | None:
+    """Layers numbered from another start, or hidden states taken one layer late."""
+    names = [n for n in _stream(reference) if n in ours and n in metrics]
+    wrong = [n for n in names if metrics[n].relative_l2 > 10 * _SAME]
+    if len(names) < 3 or len(wrong) < len(names) - 1:
+        return None
+    chain = ["model.input_embed", *_stream(reference)]
+    for shift in (1, -1, 2, -2):
+        pairs = [
+            (n, chain[i + shift]) for i, n in enumerate(chain) if n in names and 0 <= i + shift < len(chain)
+        ]
+        pairs = [(a, b) for a, b in pairs if b in reference and ours[a].shape == reference[b].shape]
+        close = [p for p in pairs if _difference(ours[p[0]], reference[p[1]]) < _SAME]
+        if len(pairs) >= 2 and len(close) >= 0.8 * len(pairs):
+            return f"layers are shifted by {shift:+d}: our {close[0][0]} is the reference's {close[0][1]}"
+    return None
+
+
+def _mislabelled(taps, metrics: Mapping[str, Metrics]) -> str | None:
+    """Hidden states before and after the final norm exchanged."""
+    ours, reference = taps
+    ends = [n for n in ("result_norm", "h_nextn") if n in metrics]
+    last = [n for n in metrics if n.startswith("l_out-")][-1:]
+    for a in (*ends, *last):
+        for b in (*ends, *last):
+            if (a in ends) == (b in ends) or metrics[a].relative_l2 < 10 * _SAME:
+                continue
+            x, y = ours[a], reference[b]
+            if x.shape == y.shape and _difference(x, y) < _SAME:
+                when = "after" if b in ends else "before"
+                return f"hidden states {when} the final norm: our {a} is the reference's {b}"
+    return None
+
+
+def _other_text(taps, metrics: Mapping[str, Metrics]) -> str | None:
+    """Embeddings that say other tokens were run, where the dumps do not list them: rows moved, or some exchanged."""
+    name = "model.input_embed"
+    if name not in metrics or metrics[name].relative_l2 < 1e-2:
+        return None
+    a, b = (np.asarray(side[name], np.float64) for side in taps)
+    for shift in (1, -1, 2, -2):
+        x, y = (a[shift:], b[:-shift]) if shift > 0 else (a[:shift], b[-shift:])
+        if len(x) > 1 and _difference(x, y) < _SAME:
+            return f"other tokens: our embeddings are the reference's moved by {shift:+d}"
+    rows = metrics[name].tokens
+    if (rows < _SAME).any() and np.median(rows[rows >= _SAME]) > 0.5:
+        unlike = int((rows >= _SAME).sum())
+        found = [_nearest(a[t], b) for t in np.flatnonzero(rows >= _SAME)[:64]]
+        if any(found) or unlike < len(rows) / 2:
+            at = int(np.argmax(rows >= _SAME))
+            return f"other tokens: {unlike} of {len(rows)} embeddings differ wholly, first at position {at}"
+    return None
+
+
+def _nearest(row: np.ndarray, rows: np.ndarray) -> bool:
+    return bool((np.linalg.norm(rows - row, axis=1) < _SAME * np.linalg.norm(row)).any())
+
+
+def _stream(dump: Dump) -> list[str]:
+    """The residual stream after each layer, in order."""
+    names = [n for n in dump if n.startswith("l_out-") and n[6:].isdigit()]
+    return sorted(names, key=lambda n: int(n[6:]))
+
+
+def _sample(x: np.ndarray) -> np.ndarray:
+    flat = x.reshape(-1)
+    return np.array(flat[:: max(1, flat.size // _SAMPLE)])
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = _sample(a).astype(np.float64), _sample(b).astype(np.float64)
+    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
+
+
+def same_run(dumps: Sequence[Dump]) -> bool:
+    """Whether the dumps name one engine."""
+    return len({dump.engine for dump in dumps}) == 1

@@ -1,0 +1,251 @@
+"""From the local evidence of every tap to one verdict.
+
+The z-score of a tap is the logarithm of its local divergence over the computed floor, in units of how well such a
+floor is known; Benjamini and Hochberg's procedure over all taps keeps the share of false findings down. Two axes
+then tell apart what a threshold alone cannot: one place, or one cause in many places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from scarlet_jax.tools.parity.local import Local
+from scarlet_jax.tools.parity.metrics import Metrics
+
+EXIT = {"clean": 0, "noise": 0, "single-op": 1, "systematic": 1, "invalid": 2, "inconclusive": 3}
+
+# How well a floor is known, as the standard deviation of its logarithm: the formula's own rounding error within a
+# factor of 2, a product with an unknown matrix within 2.5, a bound on propagation within 3.
+_UNCERTAINTY = {
+    "formula": math.log(2),
+    "direct": math.log(2),
+    "span": math.log(2.5),
+    "propagated": math.log(3),
+}
+FALSE_DISCOVERIES = 1e-3
+
+
+@dataclasses.dataclass
+class Tap:
+    """One compared tap with everything known about it."""
+
+    name: str
+    op: str
+    layer: int | None
+    kind: str
+    klass: str
+    weight: str
+    qtype: str
+    aligned: str
+    metrics: Metrics
+    local: Local | None
+    alias: bool = False
+    broken: bool = False
+    note: str = ""
+
+    @property
+    def peak(self) -> float:
+        """The local divergence, or the whole one where there is no local evidence."""
+        return self.local.difference if self.local else self.metrics.relative_l2
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """What the broken taps have in common."""
+
+    kind: str
+    value: str
+    members: frozenset[str]
+
+
+def find_broken(taps: Sequence[Tap]) -> None:
+    """Mark the taps whose own operation diverges beyond its floor and matters downstream."""
+    judged = [tap for tap in taps if tap.local is not None]
+    p_values = np.array([_p_value(tap.local) for tap in judged])
+    for index in discoveries(p_values, FALSE_DISCOVERIES):
+        judged[index].broken = True
+    by_name = {tap.name: tap for tap in taps}
+    consumers: dict[str, list[Tap]] = {}
+    for tap in judged:
+        for name in tap.local.inputs:
+            consumers.setdefault(name, []).append(tap)
+    for tap in judged:
+        if tap.metrics.not_finite[0] and not tap.metrics.not_finite[1]:
+            inputs = [by_name[n] for n in tap.local.inputs if n in by_name]
+            tap.broken = not any(t.metrics.not_finite[0] for t in inputs)
+    for tap in [tap for tap in judged if tap.broken]:
+        _excuse(tap, consumers.get(tap.name, []))
+    _lone_aliases(judged)
+
+
+def _excuse(tap: Tap, consumers: Sequence[Tap]) -> None:
+    """A divergence that the next operations take back, or that was never there in sum, is a convention."""
+    floor = max(10 * tap.local.floor, 1e-6)
+    if tap.metrics.relative_l2 <= floor and tap.local.method != "direct":
+        tap.broken, tap.note = False, "agrees, though not with its inputs: they follow another convention"
+        return
+    readers = [c for c in consumers if not c.alias]
+    if readers and all(c.metrics.relative_l2 <= max(10 * c.local.f32_floor, 1e-6) for c in readers):
+        tap.broken, tap.note = False, "another convention: everything computed from it agrees"
+
+
+def _lone_aliases(judged: Sequence[Tap]) -> None:
+    """A tap that nothing reads is no fault of the computation on its own."""
+    broken = [tap for tap in judged if tap.broken]
+    if broken and all(tap.alias for tap in broken):
+        for tap in broken:
+            tap.broken, tap.note = False, "a label or a view: nothing that was computed from it diverges"
+
+
+def discoveries(p_values: np.ndarray, rate: float) -> np.ndarray:
+    """Indices that Benjamini and Hochberg's procedure (1995) rejects at the false discovery `rate`."""
+    order = np.argsort(p_values)
+    limit = rate * np.arange(1, len(order) + 1) / max(len(order), 1)
+    below = np.flatnonzero(p_values[order] <= limit)
+    return order[: below[-1] + 1] if len(below) else order[:0]
+
+
+def _p_value(local: Local) -> float:
+    if local.ratio <= 1:
+        return 1.0
+    z = math.log(local.ratio) / _UNCERTAINTY[local.method]
+    return 0.5 * math.erfc(z / 2**0.5)
+
+
+# Operations that are one piece of mathematics under several names.
+FAMILIES = {
+    "delta-rule": ("attn_output:ssm", "new_state:ssm"),
+    "l2-norm": ("q_conv_predelta", "k_conv_predelta"),
+    "rope": ("Qcur", "Kcur"),
+    "rms-norm": ("attn_norm", "attn_post_norm", "ffn_norm", "Qcur_normed", "Kcur_normed", "result_norm"),
+    "qk-norm": ("Qcur_normed", "Kcur_normed"),
+    "attention": ("kq", "kq_soft_max", "kqv", "attn_pregate"),
+    "gate-split": ("Qcur_reshaped", "gate_reshaped"),
+    "sigmoid": ("beta_sigmoid", "gate_sigmoid", "shared_expert_gate_sigmoid"),
+    "silu": ("conv_output_silu", "ffn_swiglu", "ffn_moe_swiglu", "final_output"),
+    "residual": ("attn_residual", "l_out"),
+    "conv-split": ("q_conv", "k_conv", "v_conv_predelta"),
+    "conv-state": ("conv_output_raw", "conv_state_last"),
+}
+
+
+def factors(taps: Sequence[Tap]) -> list[Factor]:
+    """Everything the broken taps could have in common, most specific first."""
+    usable = [t for t in taps if t.local is not None and not t.alias]
+    found: list[Factor] = []
+
+    def group(kind: str, value_of) -> None:
+        members: dict[str, set[str]] = {}
+        for tap in usable:
+            for value in value_of(tap):
+                members.setdefault(value, set()).add(tap.name)
+        found.extend(Factor(kind, value, frozenset(names)) for value, names in members.items())
+
+    group("op", lambda t: [t.op])
+    group("qtype", lambda t: [t.qtype] if t.qtype else [])
+    group("op", lambda t: [n for n, ops in FAMILIES.items() if t.op in ops or f"{t.op}:{t.kind}" in ops])
+    group(
+        "op", lambda t: ["matmul"] if t.weight and t.local.method in ("formula", "span") and t.qtype else []
+    )
+    group("class", lambda t: [t.klass])
+    group("layer", lambda t: [str(t.layer)] if t.layer is not None else [])
+    return found
+
+
+def best_factor(taps: Sequence[Tap], prefer: str = "") -> tuple[Factor | None, float, float]:
+    """The factor that fits the broken taps best, with its precision and recall; ties go to `prefer`, then order."""
+    broken = {t.name for t in taps if t.broken and not t.alias}
+    best: tuple[float, bool, Factor | None, float, float] = (0.0, False, None, 0.0, 0.0)
+    for factor in factors(taps):
+        hit = len(broken & factor.members)
+        if not hit:
+            continue
+        precision, recall = hit / len(broken), hit / len(factor.members)
+        score = round(2 * precision * recall / (precision + recall), 6)
+        if (score, factor.kind == prefer) > best[:2]:
+            best = (score, factor.kind == prefer, factor, precision, recall)
+    return best[2:]
+
+
+def places(taps: Sequence[Tap]) -> int:
+    """Broken operations counted as a person would: views and halves of one operation in one layer are one."""
+
+    def family(tap: Tap) -> str:
+        names = (tap.op, f"{tap.op}:{tap.kind}")
+        close = (
+            "delta-rule",
+            "l2-norm",
+            "rope",
+            "qk-norm",
+            "attention",
+            "gate-split",
+            "conv-split",
+            "conv-state",
+        )
+        return next((f for f in close if set(names) & set(FAMILIES[f])), tap.op)
+
+    return len({(family(t), t.layer) for t in taps if t.broken and not t.alias})
+
+
+def axes(taps: Sequence[Tap]) -> tuple[float, float]:
+    """Spread in 0 to 1 (evenness of local divergence over layers) and peak (the largest local divergence)."""
+    worst: dict[int | None, float] = {}
+    for tap in taps:
+        if math.isfinite(tap.peak):
+            worst[tap.layer] = max(worst.get(tap.layer, 0.0), tap.peak)
+    values = np.array([v for layer, v in worst.items() if layer is not None])
+    peak = max(worst.values(), default=0.0)
+    if len(values) < 2 or values.sum() == 0:
+        return float(values.sum() > 0), peak
+    share = values[values > 0] / values.sum()
+    return float(np.exp(-(share * np.log(share)).sum()) / len(values)), peak
+
+
+def decide(taps: Sequence[Tap], prefer: str = "") -> tuple[str, Tap | None, Factor | None]:
+    """Verdict, first broken tap and factor, once `find_broken` has run."""
+    broken = [t for t in taps if t.broken]
+    if not broken:
+        return _without_fault(taps), None, None
+    real = [t for t in broken if not t.alias]
+    first = (real or broken)[0]
+    factor, precision, recall = best_factor(taps, prefer)
+    spread = places(taps)
+    everywhere = factor is not None and factor.kind != "layer" and recall >= 0.6 and precision >= 0.6
+    everywhere = everywhere or _in_most_layers(taps, first)
+    verdict = "systematic" if spread >= 2 and (everywhere or spread >= 4) else "single-op"
+    return verdict, first, factor if verdict == "systematic" or (factor and factor.kind == "op") else None
+
+
+def _in_most_layers(taps: Sequence[Tap], first: Tap) -> bool:
+    same = [t for t in taps if t.op == first.op and t.kind == first.kind and t.local is not None]
+    broken = sum(t.broken for t in same)
+    return broken >= 2 and broken >= 0.6 * len(same)
+
+
+def _without_fault(taps: Sequence[Tap]) -> str:
+    """Clean if f32 arithmetic alone explains every tap, noise if it takes more."""
+    judged = [t for t in taps if t.local is not None]
+    local_only = [t for t in judged if t.local.method in ("formula", "direct", "span")]
+    exact = all(t.local.difference <= 8 * max(t.local.f32_floor, 2.0**-24) for t in local_only)
+    return "clean" if exact and all(t.metrics.relative_l2 < 1e-3 for t in taps if not t.alias) else "noise"
+
+
+def summary(taps: Sequence[Tap]) -> Mapping[str, int]:
+    """Counts for the report's last line."""
+    return {
+        "compared": len(taps),
+        "local": sum(t.local is not None for t in taps),
+        "broken": sum(t.broken for t in taps),
+    }
+
+
+def other_model(taps: Sequence[Tap]) -> bool:
+    """Whether weights of every kind differ: no engine breaks its norms, biases and products all at once."""
+    weighted = [t for t in taps if t.local is not None and t.weight and not t.alias]
+    learned = [t for t in weighted if t.local.method in ("formula", "direct", "span")]
+    broken = {t.op for t in learned if t.broken}
+    return len(broken) >= 8 and sum(t.broken for t in learned) > 0.8 * len(learned)

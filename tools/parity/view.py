@@ -1,0 +1,191 @@
+"""One engine's run as the operations see it: its taps, the weights, and the arithmetic it computes in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, partner, tf32, bf16
+from scarlet_jax.tools.parity.facts import Facts
+from scarlet_jax.tools.parity.graph import Missing, find
+
+Weights = Mapping[tuple[int | None, str], np.ndarray]
+Taps = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """How an engine rounds what it multiplies: "" for f32 all the way.
+
+    `matmul`: "partner" (activations in the weight type's 8-bit partner), "bf16", "tf32".
+    `kv`: "f16", "bf16", "q8_0", "q4_0".
+    """
+
+    matmul: str = ""
+    kv: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One side of a comparison.
+
+    Attributes:
+        taps: name -> array, aligned.
+        kinds: layer -> "ssm" or "attention".
+        before: layer -> the name of the tap with the residual stream that enters it; None: the last layer's.
+        learned: weights nobody gave, as read off the reference: (layer, stem) -> array.
+        given: the model's own weights, or None.
+        qtypes: (layer, stem) -> quant type, for the partner arithmetic.
+    """
+
+    taps: Taps
+    kinds: Mapping[int, str]
+    before: Mapping[int | None, str]
+    facts: Facts
+    learned: Mapping[tuple[int | None, str], np.ndarray]
+    given: Weights | None
+    qtypes: Mapping[tuple[int | None, str], str]
+
+    def view(self, layer: int | None, kind: str, facts: Facts | None = None, **options: Any) -> LayerView:
+        """The run around one layer; None is the end of the model."""
+        return LayerView(self, layer, kind, facts or self.facts, **options)
+
+
+class LayerView:
+    """A `graph.View` of one layer of a run.
+
+    Args:
+        run: the side.
+        layer: its layer, None after the last.
+        kind: "ssm", "attention" or "end".
+        facts: may differ from the run's when conventions are tried.
+        dtype: the float type to compute in.
+        jitter: relative size of random perturbations of every tap (a condition estimate), 0 for none.
+        arithmetic: roundings to imitate.
+        absolute: absolute size of random perturbations, for taps that were rounded to decimals.
+        seed: of the perturbations.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        layer: int | None,
+        kind: str,
+        facts: Facts,
+        dtype: Any = np.float64,
+        jitter: float = 0.0,
+        absolute: float = 0.0,
+        arithmetic: Arithmetic | None = None,
+        seed: int = 0,
+    ):
+        self.run, self.layer, self.kind, self.facts = run, layer, kind, facts
+        self.dtype = np.dtype(dtype)
+        self.arithmetic = arithmetic or Arithmetic()
+        self.used: list[str] = []
+        self._jitter, self._absolute = jitter, absolute
+        self._rng = np.random.default_rng(seed)
+        self._known: dict[str, np.ndarray] = {}
+        self._stack: list[str] = []
+
+    def tap_name(self, name: str) -> str:
+        """The dump's name of this layer's `name`."""
+        return name if self.layer is None or name == "model.input_embed" else f"{name}-{self.layer}"
+
+    def has(self, name: str) -> bool:
+        """Whether the tap was dumped."""
+        return self.tap_name(name) in self.run.taps
+
+    def __call__(self, name: str) -> np.ndarray:
+        """The tap, dumped or computed from others."""
+        if name not in self._known:
+            full = self.tap_name(name)
+            if full in self.run.taps:
+                self.used.append(full)
+                self._known[name] = self._prepare(self.run.taps[full])
+            else:
+                self._known[name] = self._compute(name)
+        return self._known[name]
+
+    def _compute(self, name: str) -> np.ndarray:
+        op = find(name, self.kind)
+        if op is None or name in self._stack:
+            raise Missing(self.tap_name(name))
+        self._stack.append(name)
+        try:
+            return op.run(self)
+        finally:
+            self._stack.pop()
+
+    def _prepare(self, x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x, self.dtype)
+        if self._jitter:
+            x = x * (1 + self._jitter * self._rng.standard_normal(x.shape).astype(self.dtype))
+        if self._absolute:
+            x = x + self._absolute * self._rng.uniform(-1, 1, x.shape).astype(self.dtype)
+        return x
+
+    def before(self) -> np.ndarray:
+        """The residual stream that enters this layer."""
+        name = self.run.before.get(self.layer)
+        if name is None or name not in self.run.taps:
+            raise Missing("the residual stream before this layer")
+        if "before" not in self._known:
+            self.used.append(name)
+            self._known["before"] = self._prepare(self.run.taps[name])
+        return self._known["before"]
+
+    def state(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A state tap, or zeros."""
+        if not self.has(name):
+            return np.zeros(shape, self.dtype)
+        state = self(name)
+        if state.shape != shape:
+            raise Missing(f"{self.tap_name(name)} of shape {shape}")
+        return state
+
+    def weight(self, stem: str) -> np.ndarray:
+        """A weight: the model's, or what the reference's own taps say it must be."""
+        key = (self.layer if stem not in _GLOBAL else None, stem)
+        if self.run.given is not None and key in self.run.given:
+            return self.run.given[key].astype(self.dtype, copy=False)
+        if key in self.run.learned:
+            return self.run.learned[key].astype(self.dtype, copy=False)
+        raise Missing(stem)
+
+    def linear(self, stem: str, x: np.ndarray) -> np.ndarray:
+        """x W^T, in the arithmetic to imitate."""
+        x = self._activation(stem, x)
+        weight = self.weight(stem)
+        if weight.shape[-1] != x.shape[-1]:
+            raise Missing(f"{stem} with {x.shape[-1]} inputs")
+        return x @ weight.T
+
+    def _activation(self, stem: str, x: np.ndarray) -> np.ndarray:
+        how = self.arithmetic.matmul
+        if how == "partner":
+            key = (self.layer if stem not in _GLOBAL else None, stem)
+            rounding = partner(self.run.qtypes.get(key, ""))
+            return x if rounding is None else rounding(x)
+        return {"": lambda x: x, "bf16": bf16, "tf32": tf32}[how](x)
+
+    def kv(self, x: np.ndarray) -> np.ndarray:
+        """Keys, values and the queries that meet them, as the cache holds them."""
+        rounding = KV_ROUNDING.get(self.arithmetic.kv)
+        return x if rounding is None else rounding(x)
+
+
+_GLOBAL = ("token_embd", "output", "output_norm")
+
+
+def residual_stream(layers: Sequence[int]) -> dict[int | None, str]:
+    """For each layer (and None, the end), the tap that holds the residual stream entering it."""
+    stream: dict[int | None, str] = {}
+    previous = "model.input_embed"
+    for layer in layers:
+        stream[layer] = previous if layer == 0 or previous.endswith(f"-{layer - 1}") else ""
+        previous = f"l_out-{layer}"
+    stream[None] = previous
+    return stream

@@ -1,0 +1,103 @@
+"""The model's weights for the analyzer: decoded by the reference decoder, not by the engine under suspicion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+
+from scarlet_jax.errors import BadInput
+
+_GLOBAL = {"token_embd": "token_embd.weight", "output": "output.weight", "output_norm": "output_norm.weight"}
+
+
+class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
+    """(layer, stem) -> f32 array (out, in); decoded at each access, the last few kept.
+
+    `path` is a GGUF file; `metadata` its keys. Layer None holds `token_embd`, `output` and `output_norm`.
+    """
+
+    def __init__(self, path: Any):
+        from scarlet_jax import gguf as reader  # the file format only: no kernel and no model
+
+        self._file = reader.read(path)
+        self.metadata: Mapping[str, Any] = self._file.metadata
+        self._cache: dict[str, np.ndarray] = {}
+
+    def tensor_name(self, key: tuple[int | None, str]) -> str:
+        """The file's name of a weight; a model without `output.weight` is tied."""
+        layer, stem = key
+        if layer is None:
+            name = _GLOBAL.get(stem, stem)
+            return "token_embd.weight" if name == "output.weight" and name not in self._file.tensors else name
+        prefix = f"blk.{layer}.{stem}"
+        return next((n for n in (f"{prefix}.weight", prefix) if n in self._file.tensors), f"{prefix}.weight")
+
+    def raw(self, key: tuple[int | None, str]) -> tuple[np.ndarray, str]:
+        """The packed bytes (..., row bytes) and the quant type."""
+        tensor = self._file.tensors[self.tensor_name(key)]
+        return tensor.data, tensor.qtype
+
+    def qtype(self, key: tuple[int | None, str]) -> str:
+        """The quant type of a weight."""
+        return self._file.tensors[self.tensor_name(key)].qtype
+
+    def __getitem__(self, key: tuple[int | None, str]) -> np.ndarray:
+        name = self.tensor_name(key)
+        if name not in self._cache:
+            if name not in self._file.tensors:
+                raise KeyError(key)
+            while len(self._cache) >= 4:
+                self._cache.pop(next(iter(self._cache)))
+            tensor = self._file.tensors[name]
+            self._cache[name] = decode(tensor.data, tensor.qtype) * self._scale(name)
+        return self._cache[name]
+
+    def _scale(self, name: str) -> np.ndarray | np.float32:
+        """The separate `X.scale` of a weight `X.weight`, one value (or one an expert)."""
+        scale = self._file.tensors.get(name.removesuffix(".weight") + ".scale")
+        if scale is None:
+            return np.float32(1)
+        value = scale.data.view(np.float32)
+        return value.reshape(-1, 1, 1) if value.size > 1 else value.reshape(())
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, tuple) and self.tensor_name(key) in self._file.tensors
+
+    def __iter__(self) -> Iterator[tuple[int | None, str]]:
+        for name in self._file.tensors:
+            yield parse(name)
+
+    def __len__(self) -> int:
+        return len(self._file.tensors)
+
+
+def parse(name: str) -> tuple[int | None, str]:
+    """ "blk.3.attn_q.weight" -> (3, "attn_q"); "output.weight" -> (None, "output")."""
+    stem = name.removesuffix(".weight")
+    if stem.startswith("blk."):
+        layer, _, rest = stem[4:].partition(".")
+        return int(layer), rest
+    return None, stem
+
+
+def decode(blocks: np.ndarray, qtype: str) -> np.ndarray:
+    """Packed rows (..., row bytes) -> f32 (..., elements), by gguf-py where it can and by ggml's own code else."""
+    kind = getattr(gguf.GGMLQuantizationType, qtype, None)
+    if kind is not None:
+        try:
+            native = {"F32": np.float32, "F16": np.float16}.get(qtype, np.uint8)
+            return np.asarray(
+                gguf.quants.dequantize(np.ascontiguousarray(blocks).view(native), kind), np.float32
+            )
+        except NotImplementedError:
+            pass
+    try:
+        from scarlet_jax.tools.engines.llama_cpp import to_float
+    except ImportError:
+        raise BadInput(
+            f"quant type {qtype}: no reference decoder here; expected gguf-py or llama.cpp"
+        ) from None
+    return to_float(np.ascontiguousarray(blocks), qtype)
