@@ -86,13 +86,9 @@ class Model:
         """What multiplies a product with weight `name`: its separate `.scale`, or 1 (section 2)."""
         return self.weights.get(f"{name}.scale", np.ones(1))
 
-    def product(self, name: str, x: np.ndarray) -> np.ndarray:
-        """W x, not yet scaled."""
-        return x @ self.weights[f"{name}.weight"].T
-
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
         """W x, scaled."""
-        return self.product(name, x) * self.scale(name)
+        return x @ self.weights[f"{name}.weight"].T * self.scale(name)
 
     @property
     def trunk_layers(self) -> int:
@@ -260,7 +256,7 @@ def forward(
     """Logits (T, V) and taps, float64.
 
     With `start`, what a call gives that continues after the first `start` tokens: rows from there on, the
-    states that it began with (`state_predelta-N`, `conv_states_reshaped-N`) and those that it ended with
+    states that it began with (`state_predelta-N`, `conv_states-N`) and those that it ended with
     (`new_state-N`, `conv_state_last-N`). `positions` (4, T) are t, h, w, e of each token; text by default.
     """
     model = model if isinstance(model, Model) else load(model)
@@ -290,12 +286,17 @@ def forward(
 
 
 def ffn(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
-    """W_down (SiLU(W_gate h) * W_up h). llama.cpp names gate and up before their separate scales."""
-    gate_name, up_name = f"blk.{i}.ffn_gate", f"blk.{i}.ffn_up"
-    gate = tap(f"ffn_gate-{i}", model.product(gate_name, h)) * model.scale(gate_name)
-    up = tap(f"ffn_up-{i}", model.product(up_name, h)) * model.scale(up_name)
+    """W_down (SiLU(W_gate h) * W_up h)."""
+    gate, up = (ffn_half(model, stem, h, i, tap) for stem in ("ffn_gate", "ffn_up"))
     gated = tap(f"ffn_swiglu-{i}", silu(gate) * up)
     return tap(f"ffn_out-{i}", model.linear(f"blk.{i}.ffn_down", gated))
+
+
+def ffn_half(model: Model, stem: str, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """Gate or up. llama.cpp taps the bare product, and again once a separate scale has been applied."""
+    bare = tap(f"{stem}-{i}", h @ model.weights[f"blk.{i}.{stem}.weight"].T)
+    is_scaled = f"blk.{i}.{stem}.scale" in model.weights
+    return tap(f"{stem}_s-{i}", bare * model.scale(f"blk.{i}.{stem}")) if is_scaled else bare
 
 
 def attention(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
@@ -348,8 +349,10 @@ def delta_net(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
     tap(f"qkv_mixed_transposed-{i}", mixed)
     before_start = np.zeros((W - 1, mixed.shape[1]))
     padded = tap(f"conv_input-{i}", np.concatenate([before_start, mixed]))
-    tap.state(f"conv_states_reshaped-{i}", padded[tap.start : tap.start + W - 1])
-    tap.state(f"conv_state_last-{i}", padded[T:])
+    for name in ("conv_states", "conv_states_reshaped"):
+        tap.state(f"{name}-{i}", padded[tap.start : tap.start + W - 1])
+    for name in ("conv_state_last", "conv_state_update"):
+        tap.state(f"{name}-{i}", padded[T:])
     convolved = tap(f"conv_output_raw-{i}", causal_conv(padded, weights[f"blk.{i}.ssm_conv1d.weight"]))
     activated = tap(f"conv_output_silu-{i}", silu(convolved))
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.gguf import Gguf, Tensor, read
-from scarlet_jax.tools.engines import ggml
+from scarlet_jax.tools.engines import ggml, steps
 
 MODEL_TYPE = "qwen3_5_text"  # transformers' name of the text model
 ARCHITECTURE = "qwen35"  # the GGUF's
@@ -40,24 +40,17 @@ def taps(
 
     Taps are name -> f32, token axis first, in execution order; `select` is a regular expression, searched
     for in names. Weights are tap -> (weight name, type), for taps that are one weight's product. The last
-    `decode` tokens are fed one at a time; a tap then is the last token's.
+    `decode` tokens are fed one at a time, the others in one pass; `steps.join` puts the parts together.
     Raises BadInput for what cannot be read or run, and when torch or transformers is not installed.
     """
     torch, transformers = _libraries()
     loaded = _load(Path(path))
-    config = loaded.model.config
-    _check_tokens(tokens, decode, config.vocab_size)
-    recorder = _Recorder(loaded, transformers.DynamicCache(config=config), re.compile(select or ""))
-    ids = torch.as_tensor(np.asarray(tokens)[None])
-    prompt = len(tokens) - decode
+    _check_tokens(tokens, loaded.model.config.vocab_size)
+    passes = steps.split(tokens, decode)
+    recorder = _Recorder(loaded, re.compile(select or ""))
     with torch.no_grad(), recorder.listening():
-        for piece in ids.split([prompt] + [1] * decode, dim=1):
-            loaded.model(piece, past_key_values=recorder.cache, use_cache=True)
-    return (
-        recorder.taps,
-        recorder.weights,
-        f"transformers {transformers.__version__}, torch {torch.__version__}",
-    )
+        joined = steps.join((len(part), recorder.record(part)) for part in passes)
+    return joined, recorder.weights, f"transformers {transformers.__version__} (torch {torch.__version__})"
 
 
 def logits(path: str | os.PathLike[str], tokens: Sequence[int]) -> np.ndarray:
@@ -79,14 +72,11 @@ def _libraries() -> tuple[ModuleType, ModuleType]:
     return torch, transformers
 
 
-def _check_tokens(tokens: Sequence[int], decode: int, vocabulary: int) -> None:
-    if not 0 <= decode < len(tokens):
-        raise BadInput(
-            f"{len(tokens)} tokens, {decode} of them to decode; expected at least one before those"
-        )
-    for token in tokens:
-        if not 0 <= token < vocabulary:
-            raise BadInput(f"token {token} is not in the vocabulary; expected 0 to {vocabulary - 1}")
+def _check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
+    if len(tokens) == 0:
+        raise BadInput("no tokens: expected one or more")
+    if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+        raise BadInput(f"token id {wrong[0]}: expected 0 to {vocabulary - 1}")
 
 
 class _Order(NamedTuple):
@@ -449,15 +439,23 @@ _LAYER_TAPS: dict[str, dict[str, Fetch]] = {
 
 
 class _Recorder:
-    """Collects the taps of a model while it runs."""
+    """Runs a model over one sequence, pass by pass, and collects the taps."""
 
-    def __init__(self, loaded: _Loaded, cache: Any, select: re.Pattern[str]) -> None:
-        self.cache = cache
-        self.taps: dict[str, np.ndarray] = {}
+    def __init__(self, loaded: _Loaded, select: re.Pattern[str]) -> None:
+        _, transformers = _libraries()
         self.weights: dict[str, tuple[str, str]] = {}
+        self._taps: dict[str, np.ndarray] = {}
         self._loaded = loaded
+        self._cache = transformers.DynamicCache(config=loaded.model.config)
         self._order = _Order.of(loaded.model.config)
         self._select = select
+
+    def record(self, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+        """Feeds `tokens` and returns their taps."""
+        torch, _ = _libraries()
+        self._taps = {}
+        self._loaded.model(torch.as_tensor(np.array([tokens])), past_key_values=self._cache, use_cache=True)
+        return self._taps
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -484,12 +482,12 @@ class _Recorder:
         product = list(shown)[-1] + suffix
 
         def hook(_module: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            cache = None if layer is None else self.cache.layers[layer]
+            cache = None if layer is None else self._cache.layers[layer]
             scale = self._loaded.scales.get(f"{name}.weight", 1.0)
             call = _Call(inputs[0], output, cache, scale, self._loaded.model.config, self._order)
             for tap, fetch in shown.items():
                 self._record(tap + suffix, lambda fetch=fetch: fetch(call))
-            if is_product and product in self.taps:
+            if is_product and product in self._taps:
                 self.weights[product] = self._loaded.origins[f"{name}.weight"]
 
         return hook
@@ -510,8 +508,7 @@ class _Recorder:
 
     def _record(self, tap: str, fetch: Callable[[], Any]) -> None:
         if self._select.search(tap):
-            self.taps.pop(tap, None)  # a name that occurs twice keeps the last, in its own place
-            self.taps[tap] = np.array(fetch()[0].numpy(), np.float32, order="C")
+            self._taps[tap] = np.array(fetch()[0].numpy(), np.float32, order="C")
 
 
 def _shown(module: str) -> tuple[int | None, dict[str, Fetch]] | None:
