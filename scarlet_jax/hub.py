@@ -148,8 +148,8 @@ def _is_refusal(error: Exception) -> bool:
     """Whether the repository is out of reach for good, by the hub's word or by its name, cached or not."""
     from huggingface_hub import errors
 
-    answered = isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500
-    return answered or isinstance(error, errors.HFValidationError)
+    refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403, 404)
+    return refused or isinstance(error, errors.HFValidationError)
 
 
 def _explain(error: Exception) -> str:

@@ -456,15 +456,23 @@ def test_file_that_vanished(repo, client, server):
     assert message.startswith(f"{name}: {file}: the hub answers 404 Entry not found")
 
 
-def test_hub_on_a_bad_day(repo, client):
+@pytest.mark.parametrize("status", [429, 503])
+def test_hub_on_a_bad_day(repo, client, status):
     name, there = repo
-    there.status = 503
-    expected = f"{name}: not in the cache, and no list from the hub: the hub answers 503 a bad day"
+    there.status = status
+    expected = f"{name}: not in the cache, and no list from the hub: the hub answers {status} a bad day"
     assert client.refusal(name) == expected
     there.status = 200
     path = client.resolve(name)
-    there.status = 503
+    there.status = status
     assert client.resolve(name) == path  # out of the cache
+
+
+def test_repository_that_was_withdrawn_is_not_taken_from_the_cache(repo, client, server):
+    name, _ = repo
+    client.resolve(name)
+    del server.repos[name]
+    assert "no such repository on the hub" in client.refusal(name)
 
 
 def test_no_hub_at_all(repo, client, one_off):
