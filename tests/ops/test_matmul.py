@@ -135,6 +135,17 @@ def test_scale_multiplies_the_result(shape):
     np.testing.assert_array_equal(gather(w, ids), np.asarray(gather(bare, ids)) * np.float32(0.37))
 
 
+def test_experts_by_vmap(monkeypatch):
+    """Weights (E, out, in) with a scale each, x (E, T, in), tiled: as many products side by side."""
+    rows = make_rows("Q4_K", out=3 * 7)
+    monkeypatch.setattr(portable, "TILE_BYTES", 4 * 3072)
+    w = QTensor(jnp.asarray(rows.reshape(3, 7, -1)), "Q4_K", jnp.array([0.5, 2.0, 3.0]))
+    x = activations(3, 5, 768)
+    expected = np.stack([product(x[e], values_of("Q4_K", rows[7 * e : 7 * e + 7])) for e in range(3)])
+    expected *= np.array([0.5, 2.0, 3.0])[:, None, None]
+    assert relative_l2(jax.jit(jax.vmap(lambda x, w: linear(x, w)))(x, w), expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("qtype", QTYPES)
 def test_embed_is_exact(qtype):
     rows = make_rows(qtype, out=11)

@@ -8,6 +8,7 @@ import types
 
 import gguf
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +76,13 @@ def test_rows_and_leading_axes(qtype):
     assert got.shape == (2, 3, 5 * elements)
     assert_same_bits(np.asarray(got).reshape(-1, elements), by_gguf_py(qtype, blocks))
     assert decode(blocks[:0].reshape(0, 5 * size), qtype).shape == (0, 5 * elements)
+
+
+@every_type
+def test_lowers_for_other_devices(qtype):
+    blocks = jax.ShapeDtypeStruct((3, 5 * block_size(qtype)[1]), jnp.uint8)
+    exported = jax.export.export(jax.jit(decode, static_argnums=1), platforms=["cuda", "tpu"])(blocks, qtype)
+    assert exported.out_avals[0].shape == (3, 5 * block_size(qtype)[0])
 
 
 def test_what_is_refused():
