@@ -9,9 +9,9 @@ differ). All are written in one grammar:
 Two facts make bit-exactness hold under any compiler, and the tests check both for each type. First,
 every product here is exact in f32 (an f16 has 11 significant bits, a sub-block's scale and a quant at
 most 12 together), so that fusing a multiplication with an addition, or reordering a product, changes
-nothing. Second, no arithmetic here sees or makes an f32 subnormal,
-which XLA:CPU and TPUs flush to zero: the smallest step is an f16 one, 2^-24, divided by eight; the one
-format that reaches lower, MXFP4, is put together from integers (`_ldexp`).
+nothing. Second, no f32 subnormal, which XLA:CPU and TPUs flush to zero, takes part in any arithmetic:
+products step by no less than an eighth of the smallest f16, 2^-24; MXFP4, which goes down to 2^-128, is
+put together from integers (`_ldexp`), and F32 and BF16 are moved as bits.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _view(x: jax.Array, dtype) -> jax.Array:
 
 
 def _f16(x: jax.Array) -> jax.Array:
-    """The value of each pair of bytes as an f16, in f32 (where an f16 subnormal is a normal number)."""
+    """The values of f16s, given as bytes or as words, in f32 (where an f16 subnormal is a normal number)."""
     return _view(x, jnp.float16).astype(jnp.float32)
 
 
