@@ -14,7 +14,7 @@ import numpy as np
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.sampling import INVALID, Sampling, sample
-from scarlet_jax.tokenizer import Detokenizer, Tokenizer
+from scarlet_jax.tokenizer import Detokenizer, Tokenizer, held_back
 from scarlet_jax.types import Array
 
 if TYPE_CHECKING:
@@ -221,9 +221,3 @@ def stream_text(
         waiting = waiting[certain:]
     if rest := waiting + detokenizer.flush():
         yield rest
-
-
-def held_back(text: str, markers: Iterable[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `markers`."""
-    beginnings = (marker[:n] for marker in markers for n in range(1, len(marker)))
-    return max((len(part) for part in beginnings if text.endswith(part)), default=0)

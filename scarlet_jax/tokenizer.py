@@ -250,6 +250,12 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True)
 
 
+def held_back(text: str, markers: Iterable[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `markers`."""
+    beginnings = (marker[:n] for marker in markers for n in range(1, len(marker)))
+    return max((len(part) for part in beginnings if text.endswith(part)), default=0)
+
+
 def _byte_alphabet() -> dict[str, bytes]:
     """GPT-2's alphabet, character -> byte: printable Latin-1 is itself, the rest counts up from 256."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -97,13 +97,14 @@ _ADD = {
 }
 
 
-def write(path: Path, values: dict[str, Any]) -> Path:
-    """A GGUF without tensors, which llama.cpp accepts as a vocabulary."""
+def write(path: Path, values: dict[str, Any], others: dict[str, Any] | None = None) -> Path:
+    """A GGUF without tensors, which llama.cpp takes for a vocabulary; `others` are keys in full."""
     writer = gguf.GGUFWriter(path, "qwen35")
     writer.add_block_count(1)
     writer.add_context_length(128)
-    for key, value in values.items():
-        _ADD[type(value)](writer, f"tokenizer.ggml.{key}", value)
+    prefixed = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    for key, value in (prefixed | (others or {})).items():
+        _ADD[type(value)](writer, key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

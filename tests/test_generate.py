@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from scarlet_jax.errors import BadInput
-from scarlet_jax.generate import StateCache, Stats, generate, held_back, stream_text
+from scarlet_jax.generate import StateCache, Stats, generate, stream_text
 
 V, WIDTH = 23, 5
 EMBEDDING = np.random.default_rng(0).normal(size=(V, WIDTH)).astype(np.float32)
@@ -297,12 +297,3 @@ def test_random_pieces_stop_where_a_stop_string_is_first_complete():
                 expected = expected[: min(expected.find(marker) % 99 for marker in stop)]  # -1 becomes 98
                 break
         assert "".join(streamed([piece.encode() for piece in pieces], stop)) == expected
-
-
-def test_the_longest_possible_beginning_is_held_back():
-    assert held_back("x<thi", ["<think>", "</think>"]) == 4
-    assert held_back("x<", ["<think>", "</think>"]) == 1
-    assert held_back("<think>", ["<think>"]) == 0  # that is a marker, not its beginning
-    assert held_back("abab", ["ababc"]) == 4
-    assert held_back("", ["a"]) == 0
-    assert held_back("abc", []) == 0

@@ -14,7 +14,7 @@ from tokenizers import Regex, pre_tokenizers
 from scarlet_jax import tokenizer as module
 from scarlet_jax.errors import BadInput
 from scarlet_jax.gguf import read
-from scarlet_jax.tokenizer import PRE_TOKENIZERS, Detokenizer, Tokenizer
+from scarlet_jax.tokenizer import PRE_TOKENIZERS, Detokenizer, Tokenizer, held_back
 
 TEXTS = [*AWKWARD.values(), *random_texts(600, seed=1)]
 
@@ -257,3 +257,12 @@ def test_hidden_tokens_do_not_break_a_character(ours, single_bytes):
     detokenizer = Detokenizer(ours)
     ids = [single_bytes[first], ours.ids["<|im_start|>"], *(single_bytes[byte] for byte in rest)]
     assert "".join(map(detokenizer.push, ids)) == "é"
+
+
+def test_the_longest_possible_beginning_is_held_back():
+    assert held_back("x<thi", ["<think>", "</think>"]) == 4
+    assert held_back("x<", ["<think>", "</think>"]) == 1
+    assert held_back("<think>", ["<think>"]) == 0  # that is a marker, not its beginning
+    assert held_back("abab", ["ababc"]) == 4
+    assert held_back("", ["a"]) == 0
+    assert held_back("abc", []) == 0
