@@ -58,7 +58,7 @@ TEMPLATES = {
         {%- set text = '<think>a</think>\\n\\nb'.split('</think>') -%}
         {{ text[0].split('<think>')[-1].lstrip('\\n') }}|{{ text[-1].lstrip('\\n') }}|
         {{- 'abc'.startswith('a') and 'abc'.endswith('c') }}|{{ ' x ' | trim }}|{{ 'x' | upper }}""",
-    "items of a mapping": "{% for k, v in messages[2]|items %}{{ k }}={{ v | string }};{% endfor %}",
+    "items of a mapping": "{% for k, v in messages[1]|items %}{{ k }}={{ v | string }};{% endfor %}",
     "loops that break": "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}"
     "{% if m.role == 'tool' %}{% break %}{% endif %}{% endfor %}",
     "what training marks": "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.role }}"
