@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all their own set-up: a virtual environment, and everything in it.
+PYTHON ?= python3
+VENV   ?= .venv
+# `EXTRAS=test` leaves out torch and transformers (large); the tests against them are then skipped.
+EXTRAS ?= test,transformers
+
+, := ,
+INSTALLED = $(VENV)/installed-$(subst $(,),-,$(EXTRAS))
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(INSTALLED)
+	@PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh
+
+test: $(INSTALLED) lint
+	$(BIN)/pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+$(INSTALLED): pyproject.toml $(wildcard setup.py) $(wildcard ops/cpu/*.cc ops/cpu/*.h)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

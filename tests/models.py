@@ -1,0 +1,70 @@
+"""Tiny random models, every axis of another size, made once a run."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import scarlet_jax
+from scarlet_jax.tools import synth
+from scarlet_jax.tools.synth import Shape
+
+# No size occurs twice within a shape where a swap could hide: head counts, head dims, widths, conv width.
+SHAPES = {
+    "untied": Shape(
+        block_count=6, full_attention_interval=3, embedding_length=80, feed_forward_length=112,
+        vocab_size=331, tied=False, head_count=6, head_count_kv=2, key_length=48,
+        dimension_count=16, dimension_sections=(3, 3, 2, 0), freq_base=1e4,
+        conv_kernel=4, state_size=32, group_count=2, time_step_rank=6, nextn_predict_layers=1,
+    ),
+    "tied": Shape(
+        block_count=4, recurrent_layers=(True, False, True, True), embedding_length=96,
+        feed_forward_length=64, vocab_size=347, tied=True, head_count=4, head_count_kv=4, key_length=32,
+        dimension_count=24, dimension_sections=(4, 4, 4, 0), freq_base=5e5,
+        conv_kernel=3, state_size=48, group_count=3, time_step_rank=3, fused_qkv=True, alignment=128,
+    ),
+    "scaled": Shape(
+        block_count=4, full_attention_interval=2, embedding_length=64, feed_forward_length=144,
+        vocab_size=353, tied=False, head_count=3, head_count_kv=1, key_length=64,
+        dimension_count=64, dimension_sections=(11, 11, 10, 0), freq_base=1e7, layer_norm_rms_epsilon=1e-5,
+        conv_kernel=5, state_size=16, group_count=1, time_step_rank=4, scales=True,
+    ),
+}  # fmt: skip
+
+# Rows of a multiple of 256, so that every block format fits.
+PACKABLE = Shape(
+    block_count=4, full_attention_interval=2, embedding_length=256, feed_forward_length=512,
+    vocab_size=421, tied=False, head_count=4, head_count_kv=2, key_length=64,
+    dimension_count=32, dimension_sections=(6, 5, 5, 0),
+    conv_kernel=4, state_size=32, group_count=2, time_step_rank=8,
+)  # fmt: skip
+
+
+@functools.cache
+def folder() -> Path:
+    """A folder for this run's files, removed at its end."""
+    keeper = tempfile.TemporaryDirectory()
+    folder.keeper = keeper  # lives as long as the function
+    return Path(keeper.name)
+
+
+@functools.cache
+def path(shape: Shape, quant: str = "F32", seed: int = 1) -> Path:
+    """A file of that shape."""
+    return synth.write(
+        folder() / f"{hash((shape, quant, seed)) & 0xFFFFFFFF:08x}.gguf", shape, quant, seed=seed
+    )
+
+
+@functools.cache
+def model(shape: Shape, quant: str = "F32", seed: int = 1) -> scarlet_jax.Model:
+    """Our engine over that file."""
+    return scarlet_jax.load(path(shape, quant, seed))
+
+
+def tokens(shape: Shape, count: int, seed: int = 0) -> np.ndarray:
+    """Random token ids."""
+    return np.random.default_rng([count, seed]).integers(0, shape.vocab_size, count)

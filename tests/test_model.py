@@ -1,0 +1,277 @@
+"""The model against a float64 forward written from the spec, against llama.cpp, and against transformers."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from models import SHAPES, model, path, tokens
+from support import relative_l2
+
+import scarlet_jax
+from scarlet_jax import BadInput
+from scarlet_jax import model as engine
+
+# f32 arithmetic over a few layers: llama.cpp itself is 2e-6 from the float64 truth on these models, and an
+# error that a fault makes is orders of magnitude larger.
+TOLERANCE = 1e-5
+LENGTHS = [1, 2, 63, 64, 65, 200]
+
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def assert_taps_agree(ours, truth, tolerance=TOLERANCE):
+    assert not set(truth) - set(ours)
+    errors = {name: relative_l2(visible(ours[name], truth[name]), truth[name]) for name in truth}
+    assert not {name: error for name, error in errors.items() if not error < tolerance}
+
+
+def visible(ours, truth):
+    """Attention scores over the slots that the other engine shows: caches differ in how many are empty."""
+    return ours[..., : truth.shape[-1]] if ours.ndim == truth.ndim else ours
+
+
+@every_shape
+@pytest.mark.parametrize("count", LENGTHS)
+def test_every_tap_of_a_prompt_against_float64(shape, count):
+    ids = tokens(shape, count)
+    logits, truth = oracle.forward(path(shape), ids)
+    assert_taps_agree(model(shape).taps(ids), truth)
+    padded, _ = model(shape).forward(ids)
+    assert relative_l2(padded, logits) < TOLERANCE
+
+
+@every_shape
+@pytest.mark.parametrize("before", [1, 64, 70])
+def test_every_tap_of_decoding_against_float64(shape, before):
+    """Token by token, then three at once."""
+    ids = tokens(shape, before + 5)
+    _, state = model(shape).forward(ids[:before])
+    for start, stop in [(before, before + 1), (before + 1, before + 2), (before + 2, before + 5)]:
+        logits, state, taps = model(shape).forward_with_taps(ids[start:stop], state)
+        expected, truth = oracle.forward(path(shape), ids[:stop], start=start)
+        assert_taps_agree(taps, truth)
+        assert relative_l2(logits, expected) < TOLERANCE
+
+
+@every_shape
+def test_long_prompt_in_pieces(shape):
+    """Longer than what is computed at once, and than the first cache."""
+    ids = tokens(shape, 2 * engine.PIECE + 3)
+    expected, truth = oracle.forward(path(shape), ids)
+    logits, state = model(shape).forward(ids)
+    assert relative_l2(logits, expected) < TOLERANCE
+    assert_state_is(state, truth)
+
+    state = None
+    for part in np.split(ids, [1, 70, 300, 301, 900]):
+        logits, state = model(shape).forward(part, state)
+    assert relative_l2(logits, expected[900:]) < TOLERANCE
+    assert_state_is(state, truth)
+
+
+def assert_state_is(state, truth):
+    """Every recurrent state against the truth's, and every key against the truth's keys."""
+    for i, block in enumerate(state.blocks):
+        if f"new_state-{i}" in truth:
+            assert relative_l2(block.memory[0], truth[f"new_state-{i}"]) < TOLERANCE
+            assert relative_l2(block.conv[0], truth[f"conv_state_last-{i}"]) < TOLERANCE
+        else:
+            count = len(truth[f"Kcur-{i}"])
+            assert relative_l2(block.k[0, :count], truth[f"Kcur-{i}"]) < TOLERANCE
+            assert not np.asarray(block.k[0, count:]).any()
+
+
+@every_shape
+def test_padding_leaves_no_trace(shape):
+    """Whatever the padding holds, the state is the same to the last bit."""
+    m, ids = model(shape), tokens(shape, 64).astype(np.int32)[None]
+    count = np.array([41], np.int32)
+
+    def state_after(padding):
+        padded = np.where(np.arange(64) < 41, ids, padding)
+        return engine.trunk(m.weights, padded, count, m.init_state(1, 64), m.config).state
+
+    jax.tree.map(np.testing.assert_array_equal, state_after(0), state_after(77))
+
+
+@every_shape
+def test_batch_of_different_lengths_is_each_alone(shape):
+    rows = [tokens(shape, n, seed=n) for n in (5, 70, 1)]
+    more = [tokens(shape, n, seed=n) for n in (3, 1, 9)]
+    together, state = model(shape).forward(rows)
+    after, _ = model(shape).forward(more, state)
+    last, _ = model(shape).last_logits(more, state)
+    for i, (row, rest) in enumerate(zip(rows, more, strict=True)):
+        expected, _ = oracle.forward(path(shape), [*row, *rest])
+        assert relative_l2(together[i, : len(row)], expected[: len(row)]) < TOLERANCE
+        assert relative_l2(after[i, : len(rest)], expected[len(row) :]) < TOLERANCE
+        assert relative_l2(last[i], expected[-1]) < TOLERANCE
+
+
+def test_last_logits_of_sequences_that_end_in_different_pieces():
+    shape = SHAPES["tied"]
+    rows = [tokens(shape, n, seed=n) for n in (engine.PIECE + 40, 7)]
+    last, _ = model(shape).last_logits(rows)
+    for i, row in enumerate(rows):
+        assert relative_l2(last[i], oracle.forward(path(shape), row)[0][-1]) < TOLERANCE
+
+
+@every_shape
+def test_a_later_token_changes_nothing_before_it(shape):
+    ids = tokens(shape, 40)
+    logits, _ = model(shape).forward(ids)
+    changed, _ = model(shape).forward([*ids[:-1], (ids[-1] + 1) % shape.vocab_size])
+    np.testing.assert_array_equal(logits[:-1], changed[:-1])
+    assert not np.array_equal(logits[-1], changed[-1])
+
+
+def test_lengths_of_a_bucket_compile_once():
+    m, shape = model(SHAPES["tied"]), SHAPES["tied"]
+    m.forward(tokens(shape, 64))
+    compiled = engine.run_block._cache_size()
+    for count in range(33, 64, 7):
+        m.forward(tokens(shape, count))
+    assert engine.run_block._cache_size() == compiled
+
+
+def test_a_state_is_a_snapshot_until_it_is_consumed():
+    m, shape = model(SHAPES["untied"]), SHAPES["untied"]
+    ids = tokens(shape, 12)
+    _, state = m.forward(ids[:9])
+    once, _ = m.last_logits(ids[9:], state)
+    again, _ = m.last_logits(ids[9:], state, consume=True)
+    np.testing.assert_array_equal(once, again)
+    assert state.blocks[0].memory.is_deleted()
+
+
+def test_no_taps_is_the_program_without_the_calls(monkeypatch):
+    m = model(SHAPES["untied"])
+    state = m.init_state(1)
+
+    def lowered(tapped):
+        span = engine.Span.text(state.length, state.length + 7, 7)
+        x = np.zeros((1, 7, m.config.embedding_length), np.float32)
+
+        def run(x):
+            """A new function each time: a traced program must not be remembered."""
+            for w, s, cfg in zip(m.weights.blocks, state.blocks, m.config.blocks, strict=True):
+                x, _, taps = engine._run_block(w, x, s, span, cfg, tapped)
+            return x, taps
+
+        return jax.jit(run).lower(x).as_text()
+
+    off, on = lowered(False), lowered(True)
+    for module in ("attention", "delta_net", "ffn", "model"):
+        monkeypatch.setattr(f"scarlet_jax.{module}.tap", lambda name, x: x)
+    assert lowered(False) == off
+    assert off != on
+
+
+@every_shape
+@pytest.mark.parametrize("count", [1, 65])
+def test_every_tap_against_llama_cpp(shape, count):
+    from scarlet_jax.tools.engines import llama_cpp
+
+    ids = tokens(shape, count)
+    theirs, _, _ = llama_cpp.taps(path(shape), ids)
+    fused = {
+        name for name in theirs if name.startswith("wqkv-")
+    }  # the fused product; its parts are tapped too
+    scaled = {
+        name.replace("_s-", "-"): x for name, x in theirs.items() if "_s-" in name
+    }  # after an `X.scale`
+    named = {name: x for name, x in theirs.items() if name not in fused and "_s-" not in name}
+    assert_taps_agree(model(shape).taps(ids), named | scaled)
+
+
+@every_shape
+@pytest.mark.parametrize("count", LENGTHS)
+def test_logits_against_transformers(shape, count):
+    pytest.importorskip("torch", reason="the transformers extra is not installed")
+    from scarlet_jax.tools.engines import transformers
+
+    ids = tokens(shape, count)
+    ours, theirs = np.asarray(model(shape).forward(ids)[0]), transformers.logits(path(shape), ids)
+    truth, _ = oracle.forward(path(shape), ids)
+    # Logits run to 20 here, and transformers, in f32 as well, is itself up to 3e-4 from the float64 truth.
+    assert np.abs(ours - truth).max() < 2e-4
+    assert np.abs(ours - theirs).max() < 2e-4 + np.abs(theirs - truth).max()
+
+
+@every_shape
+def test_greedy_tokens_equal_llama_cpp(shape):
+    """Wherever its own two best logits are further apart than its own error."""
+    from scarlet_jax.tools.engines import llama_cpp
+
+    ids = list(tokens(shape, 20))
+    with llama_cpp.Engine(path(shape), n_ctx=256) as reference:
+        ours, state = model(shape).last_logits(ids)
+        theirs = reference.decode(ids)[-1]
+        for _ in range(24):
+            truth = oracle.forward(path(shape), ids)[0][-1]
+            second, best = np.sort(theirs)[-2:]
+            if best - second > 2 * np.abs(theirs - truth).max():
+                assert int(np.argmax(ours)) == int(np.argmax(theirs))
+            ids.append(int(np.argmax(theirs)))
+            ours, state = model(shape).last_logits(ids[-1:], state)
+            theirs = reference.decode(ids[-1:])[-1]
+
+
+@pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16"])
+def test_a_narrow_cache_rounds_keys_and_values_alone(kv_dtype):
+    shape = SHAPES["untied"]
+    ids = tokens(shape, 50)
+    expected, _ = oracle.forward(path(shape), ids)
+    narrow = scarlet_jax.load(path(shape), kv_dtype=kv_dtype)
+    logits, state = narrow.forward(ids)
+    # Rounding to 11 or 8 bits of mantissa, averaged over the cache.
+    assert TOLERANCE < relative_l2(logits, expected) < {"float16": 2e-3, "bfloat16": 2e-2}[kv_dtype]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.blocks)} == {"float32", kv_dtype}
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], "at least one token"),
+        ([[1, 2], []], "at least one token"),
+        ([1, 400], "id 400 is outside the vocabulary; expected 0 to 330"),
+        ([-1], "id -1"),
+        ([1.5], "expected integers"),
+        (range(101), "101 with those before them; the context holds 100"),
+    ],
+)
+def test_bad_tokens(ids, expected):
+    short = scarlet_jax.load(path(SHAPES["untied"]), context_length=100)
+    with pytest.raises(BadInput, match=expected):
+        short.forward(ids)
+
+
+def test_a_batch_cannot_continue_another_of_different_size():
+    _, state = model(SHAPES["untied"]).forward([[1, 2], [3, 4]])
+    with pytest.raises(BadInput, match="1 sequences; expected 2"):
+        model(SHAPES["untied"]).forward([1], state)
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_a_fault_in_the_model_is_seen(position):
+    """The comparisons above can fail: each of these mistakes moves the logits far beyond their tolerance."""
+    shape = dataclasses.replace(SHAPES["untied"], freq_base=1e4 + position)  # no compiled program is reused
+    ids = tokens(shape, 65)
+    ours = scarlet_jax.load(path(shape))
+    blocks = list(ours.config.blocks)
+    mixers = [block.mixer for block in blocks]
+    recurrent, full = mixers[0], mixers[2]
+    mistakes = [
+        (0, dataclasses.replace(recurrent, head_mapping="repeat")),
+        (0, dataclasses.replace(recurrent, layer_norm_rms_epsilon=1e-2)),
+        (2, dataclasses.replace(full, rope=dataclasses.replace(full.rope, kind="norm"))),
+        (2, dataclasses.replace(full, rope=dataclasses.replace(full.rope, dimension_count=18))),
+        (2, dataclasses.replace(full, rope=dataclasses.replace(full.rope, freq_base=1e5))),
+        (2, dataclasses.replace(full, head_count_kv=2, layer_norm_rms_epsilon=1e-2)),
+    ]
+    layer, wrong = mistakes[position]
+    blocks[layer] = dataclasses.replace(blocks[layer], mixer=wrong)
+    ours.config = dataclasses.replace(ours.config, blocks=tuple(blocks))
+    assert relative_l2(ours.forward(ids)[0], oracle.forward(path(shape), ids)[0]) > 100 * TOLERANCE
