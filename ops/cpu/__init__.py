@@ -1,1 +1,221 @@
-"""C++ kernels behind the XLA foreign function interface."""
+"""C++ kernels behind the XLA foreign function interface: products with packed weights on a CPU.
+
+A peer of `ops.portable` behind `ops.matmul`: `unavailable()` and `qmatmul(x, w)`. Weights decode to the very
+f32 values of ggml's reference, activations stay f32, sums are f32; a result does not depend on the number
+of threads. The best instruction set of the machine is chosen at load; SCARLET_CPU_ISA=avx512|avx2|generic
+forces one, and SCARLET_THREADS sets how many threads share the work (all cores by default).
+
+All functions are for jit and vmap; `qmatmul` and `qmatmul_many` have gradients too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import chex
+import gguf.quants
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scarlet_jax.ops.cpu.build import FAILURE_NOTE, LIBRARY
+from scarlet_jax.ops.qtensor import QTensor, block_size
+
+Weight = jax.Array | np.ndarray | QTensor
+
+_FOLDER = Path(__file__).parent
+_HANDLERS = ("scarlet_qmatmul", "scarlet_qmatmul_experts", "scarlet_ffn", "scarlet_decode")
+_FLOAT_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class _Unavailable(Exception):
+    """Why the library cannot be used."""
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, in a line; None if they can."""
+    try:
+        _library()
+    except _Unavailable as reason:
+        return str(reason)
+    if jax.default_backend() != "cpu":
+        return f"the default device is a {jax.default_backend()}"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "generic"."""
+    return _isa(_library())
+
+
+def threads() -> int:
+    """How many threads share the work, the caller included."""
+    return _library().scarlet_threads()
+
+
+def set_threads(count: int) -> None:
+    """Share the work among `count` threads, the caller included; 0 for all the cores of this process."""
+    _library().scarlet_set_threads(count)
+
+
+def decode(blocks: jax.Array | np.ndarray, qtype: str) -> jax.Array:
+    """Decode rows of blocks: uint8 (..., row bytes) -> f32 (..., elements), as `ops.quants.decode`."""
+    chex.assert_type(blocks, jnp.uint8)
+    elements, size = block_size(qtype)
+    *rows, row_bytes = blocks.shape
+    result = jax.ShapeDtypeStruct((*rows, row_bytes // size * elements), jnp.float32)
+    return _call("scarlet_decode", result, vmap_method="broadcast_all")(blocks, qtype=qtype)
+
+
+def qmatmul(x: jax.Array, w: Weight) -> jax.Array:
+    """`x @ w.T`: f32 (..., in), w (out, in) packed or F32, F16 or BF16 -> f32 (..., out), without `w.scale`."""
+    return qmatmul_many(x, [w])[0]
+
+
+def qmatmul_many(x: jax.Array, ws: Sequence[Weight]) -> list[jax.Array]:
+    """`[x @ w.T for w in ws]` in one call: f32 (..., in), each (out_i, in) -> f32 (..., out_i) each."""
+    chex.assert_type(x, jnp.float32)
+    arrays, qtypes = zip(*(_packed(w) for w in ws), strict=True)
+    rows = x.reshape(-1, x.shape[-1])
+    ys = _products(",".join(qtypes), tuple(w.shape[-2] for w in ws), rows, arrays)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+def qmatmul_experts(x: jax.Array, w: Weight, ids: jax.Array) -> jax.Array:
+    """Each row times its own experts: x f32 (M, in) or, a row an expert, (M, k, in); w (E, out, in);
+    ids int32 (M, k), within 0 .. E-1 -> f32 (M, k, out), without `w.scale`.
+
+    No expert's weights are gathered or copied; rows that share an expert are multiplied together.
+    """  # noqa: D205
+    chex.assert_type([x, ids], [jnp.float32, jnp.int32])
+    array, qtype = _packed(w)
+    result = jax.ShapeDtypeStruct((*ids.shape, w.shape[-2]), jnp.float32)
+    return _call("scarlet_qmatmul_experts", result, vmap_method="sequential")(x, array, ids, qtype=qtype)
+
+
+def ffn(x: jax.Array, gate: Weight, up: Weight, down: Weight) -> jax.Array:
+    """`(silu(x @ gate.T) * (x @ up.T)) @ down.T`: f32 (..., in), (F, in), (F, in), (out, F) -> f32 (..., out).
+
+    The weights' own scales are not applied: a caller whose weights have them takes the steps one by one.
+    """
+    chex.assert_type(x, jnp.float32)
+    arrays, qtypes = zip(_packed(gate), _packed(up), _packed(down), strict=True)
+    rows = x.reshape(-1, x.shape[-1])
+    result = jax.ShapeDtypeStruct((len(rows), down.shape[-2]), jnp.float32)
+    y = _call("scarlet_ffn", result, vmap_method="sequential")(rows, *arrays, qtypes=",".join(qtypes))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+# --- the product and its gradient -------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _products(qtypes: str, outs: tuple[int, ...], x: jax.Array, ws: tuple[jax.Array, ...]) -> list[jax.Array]:
+    results = [jax.ShapeDtypeStruct((len(x), out), jnp.float32) for out in outs]
+    return _call("scarlet_qmatmul", results, vmap_method="expand_dims")(x, *ws, qtypes=qtypes)
+
+
+def _products_forward(qtypes, outs, x, ws):
+    return _products(qtypes, outs, x, ws), (x, ws)
+
+
+def _products_backward(qtypes, outs, saved, cotangents):
+    x, ws = saved
+    dense = [_as_f32(w, qtype) for w, qtype in zip(ws, qtypes.split(","), strict=True)]
+    dx = sum(jnp.dot(dy, w, precision="highest") for dy, w in zip(cotangents, dense, strict=True))
+    return dx, tuple(_weight_cotangent(w, x, dy) for w, dy in zip(ws, cotangents, strict=True))
+
+
+_products.defvjp(_products_forward, _products_backward)
+
+
+def _as_f32(w: jax.Array, qtype: str) -> jax.Array:
+    return decode(w, qtype) if w.dtype == jnp.uint8 else w.astype(jnp.float32)
+
+
+def _weight_cotangent(w: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array | np.ndarray:
+    if w.dtype == jnp.uint8:
+        return np.zeros(w.shape, jax.dtypes.float0)  # packed bits have no gradient
+    return jnp.dot(dy.T, x, precision="highest").astype(w.dtype)
+
+
+# --- the library ------------------------------------------------------------------------------------
+
+
+def _packed(w: Weight) -> tuple[jax.Array | np.ndarray, str]:
+    """The array that goes to the kernel, and the name of its type."""
+    if isinstance(w, QTensor):
+        return w.blocks, w.qtype
+    if str(w.dtype) not in _FLOAT_TYPES:
+        raise NotImplementedError(f"weights of dtype {w.dtype}: expected a QTensor, or f32, f16 or bf16")
+    return w, _FLOAT_TYPES[str(w.dtype)]
+
+
+def _call(name: str, result, *, vmap_method: str):
+    _library()
+    return jax.ffi.ffi_call(name, result, vmap_method=vmap_method)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The loaded library: codebooks filled, instruction set chosen, handlers registered."""
+    path = _FOLDER / LIBRARY
+    if not path.exists():
+        note = _FOLDER / FAILURE_NOTE
+        why = note.read_text("utf-8").splitlines()[0] if note.exists() else "run `pip install` again"
+        raise _Unavailable(f"the compiled kernels were not built: {why}")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _Unavailable(f"the compiled kernels do not load: {error}") from error
+    _declare(library)
+    _isa(library)
+    for name, book in _codebooks().items():
+        copied = library.scarlet_set_codebook(name.encode(), book.tobytes(), book.nbytes)
+        assert copied == book.nbytes, f"codebook {name}: {book.nbytes} bytes, the library has {copied}"
+    for name in _HANDLERS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.scarlet_set_codebook.restype = ctypes.c_size_t
+    library.scarlet_set_codebook.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
+    library.scarlet_isa.restype = ctypes.c_char_p
+    library.scarlet_isa.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.scarlet_read_all.restype = ctypes.c_float
+    library.scarlet_read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.scarlet_fma_all.restype = ctypes.c_double
+    library.scarlet_fma_all.argtypes = [ctypes.c_int64]
+
+
+def _isa(library: ctypes.CDLL) -> str:
+    error = ctypes.create_string_buffer(256)
+    name = library.scarlet_isa(error, len(error))
+    if name is None:
+        raise _Unavailable(error.value.decode())
+    return name.decode()
+
+
+def _codebooks() -> dict[str, np.ndarray]:
+    """The tables that the kernels look up, from the gguf package, a signed byte or a float an entry."""
+
+    def grid(name: str) -> np.ndarray:
+        codec = getattr(gguf.quants, name)
+        codec.init_grid()
+        return codec.grid.reshape(codec.grid_shape).astype(np.int8)
+
+    return {
+        "iq1": grid("IQ1_S"),
+        "iq2_xxs": grid("IQ2_XXS"),
+        "iq2_xs": grid("IQ2_XS"),
+        "iq2_s": grid("IQ2_S"),
+        "iq3_xxs": grid("IQ3_XXS"),
+        "iq3_s": grid("IQ3_S"),
+        "sign_codes": np.frombuffer(gguf.quants.IQ2_XXS.ksigns, np.uint8),
+        "iq4": np.array(gguf.quants.IQ4_NL.kvalues, np.float32),
+        "e2m1": np.array(gguf.quants.MXFP4.kvalues, np.float32),
+    }

@@ -1,0 +1,295 @@
+// The XLA FFI handlers: they check every shape and type, then hand pointers to the kernels.
+//
+// Weights are packed rows, u8 (..., out, row bytes), or plain f32, f16 or bf16 (..., out, in), with the type
+// named by an attribute. What does not fit is an error that names the argument, its shape and what was
+// expected.
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "library.h"
+#include "team.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace scarlet {
+namespace {
+
+namespace ffi = xla::ffi;
+using Buffer = ffi::AnyBuffer;
+
+// Thrown within a handler, and turned into its ffi::Error.
+struct Misfit {
+  std::string message;
+};
+
+std::string describe(const Buffer& b) {
+  std::string type;
+  switch (b.element_type()) {
+    case ffi::F32: type = "f32"; break;
+    case ffi::F16: type = "f16"; break;
+    case ffi::BF16: type = "bf16"; break;
+    case ffi::F64: type = "f64"; break;
+    case ffi::U8: type = "u8"; break;
+    case ffi::S32: type = "i32"; break;
+    default: type = "element type " + std::to_string(static_cast<int>(b.element_type()));
+  }
+  std::string dims;
+  for (int64_t d : b.dimensions()) dims += (dims.empty() ? "" : ", ") + std::to_string(d);
+  return type + " (" + dims + ")";
+}
+
+void expect(bool fits, const char* name, const Buffer& b, const std::string& expected) {
+  if (!fits) throw Misfit{std::string(name) + " is " + describe(b) + ": expected " + expected};
+}
+
+size_t rank(const Buffer& b) { return b.dimensions().size(); }
+int64_t dim(const Buffer& b, size_t from_last) { return b.dimensions()[rank(b) - 1 - from_last]; }
+
+// Product of all dimensions but the last `kept`.
+int64_t leading(const Buffer& b, size_t kept) {
+  int64_t n = 1;
+  for (size_t i = 0; i + kept < rank(b); i++) n *= b.dimensions()[i];
+  return n;
+}
+
+// Weights as the kernels see them.
+struct Weights {
+  QType type;
+  const uint8_t* data;
+  int64_t rows, elements;  // of one matrix: its out and in
+  size_t bytes;            // of one matrix
+};
+
+Weights weights(const char* name, const Buffer& b, std::string_view type_name) {
+  Weights w;
+  if (!type_by_name(type_name.data(), type_name.size(), &w.type)) {
+    throw Misfit{std::string(name) + " has quant type " + std::string(type_name) + ", which is unknown"};
+  }
+  const TypeInfo& info = kTypes[static_cast<int>(w.type)];
+  expect(rank(b) >= 2, name, b, "(..., out, row bytes)");
+  w.rows = dim(b, 1);
+  const int64_t last = dim(b, 0);
+  if (b.element_type() == ffi::U8) {
+    const int64_t unit = is_float(w.type) ? info.bytes / info.elements : info.bytes;
+    expect(last % unit == 0, name, b, "rows of whole " + std::string(info.name) + " blocks of " + std::to_string(unit) + " bytes");
+    w.elements = last / unit * (is_float(w.type) ? 1 : info.elements);
+  } else {
+    const ffi::DataType own[] = {ffi::F32, ffi::F16, ffi::BF16};
+    expect(is_float(w.type) && b.element_type() == own[static_cast<int>(w.type)], name, b,
+           "u8, or the element type of " + std::string(info.name));
+    w.elements = last;
+  }
+  w.data = static_cast<const uint8_t*>(b.untyped_data());
+  w.bytes = row_bytes(w.type, w.elements) * w.rows;
+  return w;
+}
+
+std::vector<std::string_view> split_names(std::string_view names) {
+  std::vector<std::string_view> parts;
+  for (size_t from = 0;; ) {
+    const size_t comma = names.find(',', from);
+    parts.push_back(names.substr(from, comma - from));
+    if (comma == std::string_view::npos) return parts;
+    from = comma + 1;
+  }
+}
+
+const Kernels& chosen_kernels() {
+  std::string error;
+  const Kernels* k = kernels(&error);
+  if (k == nullptr) throw Misfit{error};
+  return *k;
+}
+
+// Runs a handler's body with subnormals kept, and turns what it throws into an error that names it.
+template <class Body>
+ffi::Error guarded(const char* handler, Body body) {
+  try {
+    const KeepSubnormals guard;
+    body(chosen_kernels());
+    return ffi::Error::Success();
+  } catch (const Misfit& misfit) {
+    return ffi::Error::InvalidArgument(std::string(handler) + ": " + misfit.message);
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(std::string(handler) + ": " + error.what());
+  }
+}
+
+// A product and the lists of row pointers that it refers to.
+struct Rows {
+  std::vector<const float*> x;
+  std::vector<float*> y;
+
+  void add(const float* from, float* to) {
+    x.push_back(from);
+    y.push_back(to);
+  }
+  Job job(const Weights& w, int64_t matrix) const {
+    return {w.type,
+            {w.data + matrix * w.bytes, w.rows, w.elements, x.data(), y.data(), static_cast<int64_t>(x.size())}};
+  }
+};
+
+// --- products ---------------------------------------------------------------------------------------
+
+// The index into leading dimensions `dims`, each 1 or that of `full`, of a row-major index into `full`.
+int64_t broadcast_index(int64_t index, Buffer::Dimensions full, Buffer::Dimensions dims, size_t kept) {
+  int64_t result = 0, scale = 1;
+  for (size_t i = full.size() - kept; i-- > 0; index /= full[i]) {
+    if (dims[i] == 1) continue;
+    result += index % full[i] * scale;
+    scale *= dims[i];
+  }
+  return result;
+}
+
+void expect_leading(const char* name, const Buffer& b, const Buffer& y) {
+  bool fits = rank(b) == rank(y);
+  for (size_t i = 0; fits && i + 2 < rank(y); i++) {
+    fits = b.dimensions()[i] == 1 || b.dimensions()[i] == y.dimensions()[i];
+  }
+  expect(fits, name, b, "the leading dimensions of the result, " + describe(y) + ", or 1");
+}
+
+// x (..., M, in) times one w (..., out, in): the rows of each matrix of w.
+void collect(const Buffer& x, const Buffer& wb, const Buffer& y, const Weights& w, std::map<int64_t, Rows>* rows) {
+  expect(w.elements == dim(x, 0), "w", wb, "rows of " + std::to_string(dim(x, 0)) + " elements, as in x " + describe(x));
+  expect(y.element_type() == ffi::F32 && rank(y) == rank(x) && dim(y, 0) == w.rows && dim(y, 1) == dim(x, 1), "the result",
+         y, "f32 (..., M, out) for x " + describe(x) + " and w " + describe(wb));
+  expect_leading("x", x, y);
+  expect_leading("w", wb, y);
+  const int64_t M = dim(x, 1);
+  for (int64_t b = 0; b < leading(y, 2); b++) {
+    const float* from = x.typed_data<float>() + broadcast_index(b, y.dimensions(), x.dimensions(), 2) * M * w.elements;
+    float* to = y.typed_data<float>() + b * M * w.rows;
+    Rows& target = (*rows)[broadcast_index(b, y.dimensions(), wb.dimensions(), 2)];
+    for (int64_t m = 0; m < M; m++) target.add(from + m * w.elements, to + m * w.rows);
+  }
+}
+
+ffi::Error qmatmul(Buffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys, std::string_view qtypes) {
+  return guarded("scarlet_qmatmul", [&](const Kernels& kernels) {
+    const std::vector<std::string_view> names = split_names(qtypes);
+    if (names.size() != ws.size() || names.size() != ys.size()) {
+      throw Misfit{std::to_string(ws.size()) + " weights and " + std::to_string(ys.size()) +
+                   " results for quant types " + std::string(qtypes)};
+    }
+    expect(x.element_type() == ffi::F32 && rank(x) >= 2, "x", x, "f32 (..., M, in)");
+    std::vector<std::map<int64_t, Rows>> rows(names.size());
+    std::vector<Job> jobs;
+    for (size_t i = 0; i < names.size(); i++) {
+      const Buffer wb = *ws.get<Buffer>(i), y = **ys.get<Buffer>(i);
+      const Weights w = weights("w", wb, names[i]);
+      collect(x, wb, y, w, &rows[i]);
+      for (const auto& [matrix, list] : rows[i]) jobs.push_back(list.job(w, matrix));
+    }
+    multiply_all(kernels, jobs.data(), jobs.size());
+  });
+}
+
+// x (M, in) or, each slot with its own, (M, k, in); w (E, out, in); ids i32 (M, k) -> y (M, k, out).
+ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> result, std::string_view qtype) {
+  return guarded("scarlet_qmatmul_experts", [&](const Kernels& kernels) {
+    const Buffer y = *result;
+    const Weights w = weights("w", wb, qtype);
+    expect(rank(wb) == 3, "w", wb, "(E, out, row bytes)");
+    expect(ids.element_type() == ffi::S32 && rank(ids) == 2, "ids", ids, "i32 (M, k)");
+    const int64_t M = dim(ids, 1), k = dim(ids, 0), experts = wb.dimensions()[0];
+    const bool own = rank(x) == 3;
+    expect(x.element_type() == ffi::F32 && (rank(x) == 2 || (own && dim(x, 1) == k)) && x.dimensions()[0] == M &&
+               dim(x, 0) == w.elements,
+           "x", x, "f32 (M, in) or (M, k, in) for w " + describe(wb) + " and ids " + describe(ids));
+    expect(y.element_type() == ffi::F32 && rank(y) == 3 && y.dimensions()[0] == M && dim(y, 1) == k && dim(y, 0) == w.rows,
+           "the result", y, "f32 (M, k, out)");
+    std::map<int64_t, Rows> rows;
+    for (int64_t i = 0; i < M * k; i++) {
+      const int64_t id = ids.typed_data<int32_t>()[i];
+      if (id < 0 || id >= experts) {
+        throw Misfit{"ids has " + std::to_string(id) + ": expected 0 to " + std::to_string(experts - 1)};
+      }
+      rows[id].add(x.typed_data<float>() + (own ? i : i / k) * w.elements, y.typed_data<float>() + i * w.rows);
+    }
+    std::vector<Job> jobs;
+    for (const auto& [id, list] : rows) jobs.push_back(list.job(w, id));
+    multiply_all(kernels, jobs.data(), jobs.size());
+  });
+}
+
+// x (M, in), gate and up (F, in), down (out, F) -> y (M, out) = (silu(x gate) * (x up)) down.
+ffi::Error ffn(Buffer x, Buffer gate_b, Buffer up_b, Buffer down_b, ffi::Result<Buffer> result, std::string_view qtypes) {
+  return guarded("scarlet_ffn", [&](const Kernels& kernels) {
+    const Buffer y = *result;
+    const std::vector<std::string_view> names = split_names(qtypes);
+    if (names.size() != 3) throw Misfit{"quant types " + std::string(qtypes) + ": expected three"};
+    const Weights gate = weights("gate", gate_b, names[0]), up = weights("up", up_b, names[1]);
+    const Weights down = weights("down", down_b, names[2]);
+    expect(x.element_type() == ffi::F32 && rank(x) == 2, "x", x, "f32 (M, in)");
+    const int64_t M = dim(x, 1), in = dim(x, 0), F = gate.rows;
+    expect(rank(gate_b) == 2 && gate.elements == in, "gate", gate_b, "rows of " + std::to_string(in) + " elements");
+    expect(rank(up_b) == 2 && up.elements == in && up.rows == F, "up", up_b, "the shape of gate");
+    expect(rank(down_b) == 2 && down.elements == F, "down", down_b, "rows of " + std::to_string(F) + " elements");
+    expect(y.element_type() == ffi::F32 && rank(y) == 2 && dim(y, 1) == M && dim(y, 0) == down.rows, "the result", y,
+           "f32 (M, out)");
+    const std::unique_ptr<float[]> hidden(new float[M * F]);
+    Rows in_rows, out_rows;
+    for (int64_t m = 0; m < M; m++) {
+      in_rows.add(x.typed_data<float>() + m * in, hidden.get() + m * F);
+      out_rows.add(hidden.get() + m * F, y.typed_data<float>() + m * down.rows);
+    }
+    multiply_gated(kernels, in_rows.job(gate, 0), in_rows.job(up, 0));
+    const Job last = out_rows.job(down, 0);
+    multiply_all(kernels, &last, 1);
+  });
+}
+
+// Blocks u8 (..., row bytes) -> f32 (..., elements).
+ffi::Error decode(Buffer blocks, ffi::Result<Buffer> result, std::string_view qtype) {
+  return guarded("scarlet_decode", [&](const Kernels& kernels) {
+    const Buffer out = *result;
+    QType type;
+    if (!type_by_name(qtype.data(), qtype.size(), &type)) throw Misfit{"quant type " + std::string(qtype) + " is unknown"};
+    expect(blocks.element_type() == ffi::U8 && rank(blocks) >= 1, "blocks", blocks, "u8 (..., row bytes)");
+    expect(out.element_type() == ffi::F32 && rank(out) == rank(blocks) && leading(out, 1) == leading(blocks, 1) &&
+               (is_float(type) || dim(out, 0) % kTypes[static_cast<int>(type)].elements == 0) &&
+               static_cast<int64_t>(row_bytes(type, dim(out, 0))) == dim(blocks, 0),
+           "the result", out, "f32 (..., elements) for " + std::string(qtype) + " blocks " + describe(blocks));
+    decode_all(kernels, type, static_cast<const uint8_t*>(blocks.untyped_data()), out.typed_data<float>(), leading(out, 1),
+               dim(out, 0));
+  });
+}
+
+}  // namespace
+}  // namespace scarlet
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_qmatmul, scarlet::qmatmul,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<std::string_view>("qtypes"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_qmatmul_experts, scarlet::qmatmul_experts,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("qtype"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_ffn, scarlet::ffn,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("qtypes"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_decode, scarlet::decode,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("qtype"));

@@ -1,0 +1,14 @@
+#include <type_traits>
+
+#include "kernels.h"
+#include "simd_avx2.h"
+
+namespace scarlet {
+namespace avx2 {
+#include "decoders.h"
+#include "regimes.h"
+}  // namespace avx2
+
+const Kernels& kernels_avx2() { return avx2::kKernels; }
+
+}  // namespace scarlet

@@ -1,0 +1,14 @@
+#include <type_traits>
+
+#include "kernels.h"
+#include "simd_avx512.h"
+
+namespace scarlet {
+namespace avx512 {
+#include "decoders.h"
+#include "regimes.h"
+}  // namespace avx512
+
+const Kernels& kernels_avx512() { return avx512::kKernels; }
+
+}  // namespace scarlet

@@ -1,0 +1,210 @@
+#include "library.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "team.h"
+
+namespace scarlet {
+
+Codebooks codebooks;
+
+namespace {
+
+struct Choice {
+  const char* name;
+  bool runs_here;
+  const Kernels& (*get)();
+};
+
+const Kernels* choose(std::string* error) {
+  const Choice choices[] = {
+#if defined(__x86_64__)
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
+       kernels_avx512},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
+#endif
+      {"generic", true, kernels_generic},
+  };
+  const char* wanted = std::getenv("SCARLET_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    for (const Choice& choice : choices) {
+      if (choice.runs_here) return &choice.get();
+    }
+  }
+  for (const Choice& choice : choices) {
+    if (std::strcmp(choice.name, wanted) != 0) continue;
+    if (choice.runs_here) return &choice.get();
+    *error = std::string("SCARLET_CPU_ISA=") + wanted + ": this processor cannot run it";
+    return nullptr;
+  }
+  *error = std::string("SCARLET_CPU_ISA=") + wanted + ": expected one of";
+  for (const Choice& choice : choices) *error += std::string(" ") + choice.name;
+  return nullptr;
+}
+
+// Rows of weights that one task takes: about `bytes` of them, in whole steps of `step`.
+int64_t rows_a_task(int64_t row_bytes, int64_t bytes, int64_t step) {
+  return std::max<int64_t>(step, bytes / std::max<int64_t>(1, row_bytes) / step * step);
+}
+
+}  // namespace
+
+const Kernels* kernels(std::string* error) {
+  static std::string why;
+  static const Kernels* const chosen = choose(&why);
+  if (chosen == nullptr && error != nullptr) *error = why;
+  return chosen;
+}
+
+bool type_by_name(const char* name, size_t length, QType* type) {
+  for (int i = 0; i < kTypeCount; i++) {
+    if (std::strlen(kTypes[i].name) == length && std::memcmp(kTypes[i].name, name, length) == 0) {
+      *type = static_cast<QType>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+void decode_all(const Kernels& kernels, QType type, const uint8_t* blocks, float* out, int64_t rows,
+                int64_t elements) {
+  const int64_t stride = static_cast<int64_t>(row_bytes(type, elements));
+  const int64_t step = rows_a_task(elements * 4, 1 << 18, 1);
+  run_tasks((rows + step - 1) / step, 0, [&](int64_t task, float*) {
+    for (int64_t r = task * step; r < std::min(rows, (task + 1) * step); r++) {
+      kernels.decode[static_cast<int>(type)](blocks + r * stride, out + r * elements, elements);
+    }
+  });
+}
+
+namespace {
+
+struct Part {  // rows of one job's weights
+  const Job* job;
+  int64_t first, end;
+};
+
+void split(const Job& job, std::vector<Part>* parts) {
+  const Product& p = job.product;
+  if (p.count == 0) return;
+  // Tasks large enough to amortise taking one, small enough to even out what the threads finish: for few
+  // rows of x a stretch of memory, for many a tile of the matrix product.
+  const int64_t stride = static_cast<int64_t>(row_bytes(job.type, p.elements));
+  const int64_t step = p.count <= kSmallRows ? rows_a_task(stride, 1 << 16, 4) : kTileRows;
+  for (int64_t r = 0; r < p.rows; r += step) parts->push_back({&job, r, std::min(p.rows, r + step)});
+}
+
+// The part's rows of the job's product, into `y` (one pointer a row of x, at the part's first result).
+void multiply(const Kernels& kernels, const Part& part, float* const* y, float* scratch) {
+  const QType type = part.job->type;
+  Product p = part.job->product;
+  p.w += part.first * static_cast<int64_t>(row_bytes(type, p.elements));
+  p.rows = part.end - part.first;
+  p.y = y;
+  const auto& table = p.count <= kSmallRows ? kernels.multiply_few : kernels.multiply_many;
+  table[static_cast<int>(type)](p, scratch);
+}
+
+std::vector<float*> results(const Part& part) {
+  const Product& p = part.job->product;
+  std::vector<float*> y(p.y, p.y + p.count);
+  for (float*& row : y) row += part.first;
+  return y;
+}
+
+}  // namespace
+
+void multiply_all(const Kernels& kernels, const Job* jobs, size_t count) {
+  std::vector<Part> parts;
+  for (size_t i = 0; i < count; i++) split(jobs[i], &parts);
+  run_tasks(static_cast<int64_t>(parts.size()), kernels.scratch_floats, [&](int64_t i, float* scratch) {
+    multiply(kernels, parts[i], results(parts[i]).data(), scratch);
+  });
+}
+
+void multiply_gated(const Kernels& kernels, const Job& gate, const Job& up) {
+  std::vector<Part> parts;
+  split(gate, &parts);
+  if (parts.empty()) return;
+  const int64_t count = gate.product.count, step = parts[0].end - parts[0].first;
+  const size_t floats = kernels.scratch_floats + static_cast<size_t>(count * step);
+  run_tasks(static_cast<int64_t>(parts.size()), floats, [&](int64_t i, float* scratch) {
+    const Part &part = parts[i], same_of_up = {&up, part.first, part.end};
+    const std::vector<float*> y = results(part);
+    std::vector<float*> u(count);
+    for (int64_t m = 0; m < count; m++) u[m] = scratch + kernels.scratch_floats + m * step;
+    multiply(kernels, part, y.data(), scratch);
+    multiply(kernels, same_of_up, u.data(), scratch);
+    for (int64_t m = 0; m < count; m++) kernels.silu_gate(y[m], u[m], part.end - part.first);
+  });
+}
+
+}  // namespace scarlet
+
+// --- the C interface, for ctypes --------------------------------------------------------------------
+
+extern "C" {
+
+// Fills the codebook of that name ("iq1", "iq2_xxs", ... "sign_codes": bytes; "iq4", "e2m1": floats).
+// Returns how many bytes it holds; copies only if `size` is that.
+size_t scarlet_set_codebook(const char* name, const void* data, size_t size) {
+  using scarlet::codebooks;
+  const struct {
+    const char* name;
+    void* to;
+    size_t size;
+  } books[] = {
+#define SCARLET_BOOK(book) {#book, &codebooks.book, sizeof(codebooks.book)}
+      SCARLET_BOOK(iq1),     SCARLET_BOOK(iq2_xxs), SCARLET_BOOK(iq2_xs),     SCARLET_BOOK(iq2_s), SCARLET_BOOK(iq3_xxs),
+      SCARLET_BOOK(iq3_s),   SCARLET_BOOK(sign_codes), SCARLET_BOOK(iq4), SCARLET_BOOK(e2m1),
+#undef SCARLET_BOOK
+  };
+  for (const auto& book : books) {
+    if (std::strcmp(book.name, name) != 0) continue;
+    if (size == book.size) std::memcpy(book.to, data, size);
+    return book.size;
+  }
+  return 0;
+}
+
+// The instruction set in use, or null with the reason in `error`.
+const char* scarlet_isa(char* error, size_t size) {
+  std::string why;
+  const scarlet::Kernels* kernels = scarlet::kernels(&why);
+  if (kernels != nullptr) return kernels->isa;
+  std::strncpy(error, why.c_str(), size - 1);
+  error[size - 1] = '\0';
+  return nullptr;
+}
+
+void scarlet_set_threads(int threads) { scarlet::set_threads(threads); }
+int scarlet_threads() { return scarlet::threads(); }
+
+// Probes for the benchmarks: read all bytes once on every thread; do `iterations` of FMAs on every thread.
+float scarlet_read_all(const uint8_t* bytes, size_t size) {
+  const scarlet::Kernels& k = *scarlet::kernels(nullptr);
+  constexpr int64_t kPart = 1 << 20;
+  const int64_t parts = static_cast<int64_t>(size) / kPart;
+  std::vector<float> sums(parts);
+  scarlet::run_tasks(parts, 0, [&](int64_t i, float*) { sums[i] = k.sum_of_bytes(bytes + i * kPart, kPart); });
+  float total = 0;
+  for (float sum : sums) total += sum;
+  return total;
+}
+double scarlet_fma_all(int64_t iterations) {
+  const scarlet::Kernels& k = *scarlet::kernels(nullptr);
+  const int64_t parts = 8 * scarlet::threads();
+  std::vector<double> flops(parts);
+  scarlet::run_tasks(parts, 0, [&](int64_t i, float*) { flops[i] = k.fma_chain(iterations); });
+  double total = 0;
+  for (double n : flops) total += n;
+  return total;
+}
+
+}  // extern "C"

@@ -1,0 +1,31 @@
+// The library's state: which instruction set runs.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace scarlet {
+
+// The best instruction set of this machine, or the one that SCARLET_CPU_ISA names; null with `error` set
+// if that is unknown or cannot run here. Decided once.
+const Kernels* kernels(std::string* error);
+
+// The type of that name, or false.
+bool type_by_name(const char* name, size_t length, QType* type);
+
+// Decodes or multiplies on the whole team.
+void decode_all(const Kernels& kernels, QType type, const uint8_t* blocks, float* out, int64_t rows,
+                int64_t elements);
+
+// One matrix of weights times rows of activations, as in Product, split over rows of weights.
+struct Job {
+  QType type;
+  Product product;
+};
+void multiply_all(const Kernels& kernels, const Job* jobs, size_t count);
+
+// gate.y = silu(x gate.w) * (x up.w), both of the same shape; up.y is not used.
+void multiply_gated(const Kernels& kernels, const Job& gate, const Job& up);
+
+}  // namespace scarlet
