@@ -34,6 +34,8 @@ ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int6
 
 LOG_ERROR = 4
 
+_KEPT: list[Any] = []  # callbacks that C code has the address of, for as long as the process lives
+
 
 class TensorStruct(ctypes.Structure):
     """The head of `struct ggml_tensor`, as far as its data."""
@@ -140,7 +142,8 @@ def _context_defaults_fit(p: Any) -> bool:
 
 def _model_defaults_fit(p: Any) -> bool:
     """As `_context_defaults_fit`: layer split, first device, nothing overridden, one flag at least set."""
-    pointers = (p.tensor_split, p.progress_callback, p.progress_callback_user_data, p.kv_overrides)
+    pointers = (p.devices, p.tensor_buft_overrides, p.tensor_split, p.kv_overrides)
+    pointers += (p.progress_callback, p.progress_callback_user_data)
     flags = bytes(p.flags)
     return (
         (p.split_mode, p.main_gpu) == (1, 0)
@@ -151,9 +154,9 @@ def _model_defaults_fit(p: Any) -> bool:
     )
 
 
-# The layouts known so far, newest first.
+# The layouts known so far, newest first. (One mode instead of two moves nothing that we use.)
 _CONTEXT_LAYOUTS = [_context_params(n, kind) for n in (3, 2, 1, 0) for kind in (True, False)]
-_MODEL_LAYOUTS = [_model_params(n) for n in (3, 2, 1)]
+_MODEL_LAYOUTS = [_model_params(n) for n in (3, 2)]
 
 _P, _I, _S = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
 _TENSOR = ctypes.POINTER(TensorStruct)
@@ -218,8 +221,6 @@ class Library:
         self._c = _open(path)
         for name, (result, arguments) in _PROTOTYPES.items():
             self._declare(name, result, arguments)
-        self._log = LogCallback(self._on_log)  # kept: the library holds only a pointer
-        self.llama_log_set(self._log, None)
         self.context_params = self._fitting(
             "llama_context_default_params", _CONTEXT_LAYOUTS, _context_defaults_fit
         )
@@ -227,6 +228,8 @@ class Library:
         self.llama_init_from_model.argtypes = [_P, self.context_params]
         self.llama_model_load_from_file.argtypes = [_S, self.model_params]
         self._check_tensor_layout()
+        _KEPT.append(LogCallback(self._on_log))
+        self.llama_log_set(_KEPT[-1], None)
         if not self.ggml_backend_dev_count():  # a build whose processors are plug-ins beside it
             self.ggml_backend_load_all_from_path(str(path.parent).encode())
         self.llama_backend_init()
@@ -236,13 +239,13 @@ class Library:
 
     @property
     def version(self) -> str:
-        """The library's build number or version, "unknown" where it has neither."""
-        for symbol in ("llama_version", "ggml_version"):
+        """Name and version, as far as the library knows them."""
+        for symbol, name in (("llama_version", "llama.cpp"), ("ggml_version", "llama.cpp with ggml")):
             if hasattr(self._c, symbol):
-                function = getattr(self._c, symbol)
+                function = self._c[symbol]
                 function.restype = ctypes.c_char_p
-                return function().decode()
-        return "unknown"
+                return f"{name} {function().decode()}"
+        return "llama.cpp"
 
     def last_error(self) -> str:
         """What llama.cpp last complained about, as one line."""
@@ -253,9 +256,9 @@ class Library:
         number = TYPE_IDS.get(qtype)
         if number is None:
             raise BadInput(f"quant type {qtype!r}: not one of {', '.join(TYPE_IDS)}")
-        name = (self.ggml_type_name(number) or b"").decode()
+        name = (self.ggml_type_name(number) or b"").decode(errors="replace")
         if name.upper() != qtype:
-            raise BadInput(f"{self.path}: its type {number} is {name!r}, expected {qtype}")
+            raise BadInput(f"quant type {qtype}: {self.path} ({self.version}) does not have it")
         return number
 
     def block_size(self, qtype: str) -> tuple[int, int]:
@@ -304,6 +307,7 @@ class Library:
 
 def _open(path: Path) -> ctypes.CDLL:
     """dlopen, after the libggml*.so beside it where the library cannot find them by itself."""
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a failed assertion in C starts a debugger
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

@@ -279,13 +279,17 @@ def _batch(
 _AXES = (
     dict.fromkeys(("kq", "kq_soft_max", "kqv"), "NTS")
     | dict.fromkeys(("qkv_mixed_transposed", "conv_input"), "CT")
-    | dict.fromkeys(("conv_states", "conv_states_reshaped", "conv_state_last", "conv_state_update"), "CT")
+    | dict.fromkeys(steps.CONV_STATES, "CT")
     | dict.fromkeys(("state_predelta", "new_state"), "HVK")
     | dict.fromkeys(("Qcur_reshaped", "Qcur_normed", "Qcur", "Kcur_normed", "Kcur", "Vcur"), "TNH")
     | dict.fromkeys(("q_conv", "q_conv_predelta", "k_conv", "k_conv_predelta", "v_conv_predelta"), "TNH")
     | dict.fromkeys(("beta", "beta_sigmoid"), "TN1")
 )
-_FLAT = ("conv_states", "conv_state_update")  # llama.cpp's rows of the cache, (C, K - 1) without the shape
+_FLAT = (
+    "conv_states",
+    "conv_state_update",
+    "state_update_target",
+)  # rows of the cache: (C, K - 1) as one axis
 
 
 def taps(
@@ -308,7 +312,7 @@ def taps(
     with Engine(path, **(room | options), observe=recorder.see, wants=recorder.wants) as engine:
         recorder.conv_kernel = int(engine.model.metadata(f"{engine.model.architecture}.ssm.conv_kernel") or 0)
         joined = steps.join((len(part), recorder.record(engine, part)) for part in passes)
-        return joined, recorder.weights, f"llama.cpp {engine.lib.version}"
+        return joined, recorder.weights, engine.lib.version
 
 
 class _Recorder:
@@ -332,7 +336,9 @@ class _Recorder:
     def wants(self, node_name: str) -> bool:
         """Whether a node is an activation with a name of its own, and was asked for."""
         name = _tap_name(node_name)
-        own = name and not name.startswith(("node_", "leaf_", "cache_")) and not re.search(r"[(#]", name)
+        own = (
+            name and not name.startswith(("node_", "leaf_", "cache_", "__")) and not re.search(r"[(#]", name)
+        )
         return bool(own and self.select.search(name))
 
     def see(self, node: Node) -> None:

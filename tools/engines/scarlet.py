@@ -33,8 +33,8 @@ def taps(
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]], str]:
     """Runs `tokens` and returns (taps, weights, the engine's name and version).
 
-    Taps are name -> f32, token axis first, in execution order; `select` is a regular expression that a name has
-    to contain a match of. Weights are tap -> (name, quant type). The last `decode` tokens are fed one at a
+    Taps are name -> f32, token axis first, in execution order; `select` is a regular expression that a name
+    has to contain a match of. Weights are tap -> (name, quant type). The last `decode` tokens are fed one at a
     time, the others in one pass; `steps.join` puts the parts together. Raises BadInput as `scarlet_jax.load`.
     """
     passes = steps.split(tokens, decode)

@@ -8,9 +8,13 @@ import numpy as np
 
 from scarlet_jax.errors import BadInput
 
-# Taps without a token axis: what the mixer remembered before the tokens, and after them.
-BEFORE = {"conv_states", "conv_states_reshaped", "state_predelta"}
-AFTER = {"conv_state_last", "conv_state_update", "new_state"}
+# Taps without a token axis: what the mixer remembered before the tokens, and after them. The last two are
+# what llama.cpp called the two before them until the summer of 2026.
+_CONV_BEFORE = {"conv_states", "conv_states_reshaped"}
+_CONV_AFTER = {"conv_state_last", "conv_state_update", "last_conv_states", "state_update_target"}
+CONV_STATES = _CONV_BEFORE | _CONV_AFTER
+BEFORE = _CONV_BEFORE | {"state_predelta"}
+AFTER = _CONV_AFTER | {"new_state"}
 HISTORY_AND_TOKENS = {"conv_input"}  # rows of the step before, then one a token
 KEYS_LAST = {"kq", "kq_soft_max"}  # (T, N, S): later steps see more keys
 
@@ -33,7 +37,7 @@ def join(steps: Iterable[tuple[int, Mapping[str, np.ndarray]]]) -> dict[str, np.
     """Steps (number of tokens, taps) -> the taps of all tokens together, in the first step's order.
 
     Arrays are laid end to end along the token axis. States are those before the first step and after the last.
-    Attention scores of keys that were not there yet are 0.
+    Attention scores of keys that were not there yet are 0. Where parts do not fit, the last is kept.
     """
     joined: dict[str, list[np.ndarray]] = {}
     for count, taps in steps:
@@ -55,4 +59,5 @@ def _concatenated(parts: list[np.ndarray], kind: str) -> np.ndarray:
     if kind in KEYS_LAST:
         keys = max(part.shape[-1] for part in parts)
         parts = [np.pad(part, [(0, 0), (0, 0), (0, keys - part.shape[-1])]) for part in parts]
-    return np.concatenate(parts)
+    fit = len({part.shape[1:] for part in parts}) == 1
+    return np.concatenate(parts) if fit else parts[-1]
