@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scarlet_jax.errors import BadInput
 from scarlet_jax.ops.cpu.build import FAILURE_NOTE, LIBRARY
 from scarlet_jax.ops.qtensor import QTensor, block_size
 
@@ -48,7 +51,18 @@ def unavailable() -> str | None:
 
 def isa() -> str:
     """The instruction set in use: "avx512", "avx2" or "generic"."""
-    return _isa(_library())
+    return _library().isa
+
+
+def set_isa(name: str = "") -> None:
+    """Use that instruction set from now on, or the best one of this machine.
+
+    Raises BadInput if it is unknown or cannot run here. Not while a kernel runs.
+    """
+    try:
+        _choose_isa(_library(), name)
+    except _Unavailable as reason:
+        raise BadInput(str(reason)) from reason
 
 
 def threads() -> int:
@@ -79,7 +93,7 @@ def qmatmul_many(x: jax.Array, ws: Sequence[Weight]) -> list[jax.Array]:
     """`[x @ w.T for w in ws]` in one call: f32 (..., in), each (out_i, in) -> f32 (..., out_i) each."""
     chex.assert_type(x, jnp.float32)
     arrays, qtypes = zip(*(_packed(w) for w in ws), strict=True)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     ys = _products(",".join(qtypes), tuple(w.shape[-2] for w in ws), rows, arrays)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
 
@@ -103,7 +117,7 @@ def ffn(x: jax.Array, gate: Weight, up: Weight, down: Weight) -> jax.Array:
     """
     chex.assert_type(x, jnp.float32)
     arrays, qtypes = zip(_packed(gate), _packed(up), _packed(down), strict=True)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     result = jax.ShapeDtypeStruct((len(rows), down.shape[-2]), jnp.float32)
     y = _call("scarlet_ffn", result, vmap_method="sequential")(rows, *arrays, qtypes=",".join(qtypes))
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -172,7 +186,7 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         raise _Unavailable(f"the compiled kernels do not load: {error}") from error
     _declare(library)
-    _isa(library)
+    _choose_isa(library, os.environ.get("SCARLET_CPU_ISA", ""))
     for name, book in _codebooks().items():
         copied = library.scarlet_set_codebook(name.encode(), book.tobytes(), book.nbytes)
         assert copied == book.nbytes, f"codebook {name}: {book.nbytes} bytes, the library has {copied}"
@@ -184,20 +198,20 @@ def _library() -> ctypes.CDLL:
 def _declare(library: ctypes.CDLL) -> None:
     library.scarlet_set_codebook.restype = ctypes.c_size_t
     library.scarlet_set_codebook.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
-    library.scarlet_isa.restype = ctypes.c_char_p
-    library.scarlet_isa.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.scarlet_set_isa.restype = ctypes.c_char_p
+    library.scarlet_set_isa.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t]
     library.scarlet_read_all.restype = ctypes.c_float
     library.scarlet_read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     library.scarlet_fma_all.restype = ctypes.c_double
     library.scarlet_fma_all.argtypes = [ctypes.c_int64]
 
 
-def _isa(library: ctypes.CDLL) -> str:
+def _choose_isa(library: ctypes.CDLL, name: str) -> None:
     error = ctypes.create_string_buffer(256)
-    name = library.scarlet_isa(error, len(error))
-    if name is None:
+    chosen = library.scarlet_set_isa(name.encode(), error, len(error))
+    if chosen is None:
         raise _Unavailable(error.value.decode())
-    return name.decode()
+    library.isa = chosen.decode()
 
 
 def _codebooks() -> dict[str, np.ndarray]:

@@ -100,19 +100,12 @@ std::vector<std::string_view> split_names(std::string_view names) {
   }
 }
 
-const Kernels& chosen_kernels() {
-  std::string error;
-  const Kernels* k = kernels(&error);
-  if (k == nullptr) throw Misfit{error};
-  return *k;
-}
-
 // Runs a handler's body with subnormals kept, and turns what it throws into an error that names it.
 template <class Body>
 ffi::Error guarded(const char* handler, Body body) {
   try {
     const KeepSubnormals guard;
-    body(chosen_kernels());
+    body(kernels());
     return ffi::Error::Success();
   } catch (const Misfit& misfit) {
     return ffi::Error::InvalidArgument(std::string(handler) + ": " + misfit.message);

@@ -1,7 +1,7 @@
 #include "library.h"
 
 #include <algorithm>
-#include <cstdlib>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -19,7 +19,8 @@ struct Choice {
   const Kernels& (*get)();
 };
 
-const Kernels* choose(std::string* error) {
+// The instruction set of that name, or the best one for an empty name; null with the reason in `error`.
+const Kernels* choose(const char* wanted, std::string* error) {
   const Choice choices[] = {
 #if defined(__x86_64__)
       {"avx512",
@@ -31,22 +32,21 @@ const Kernels* choose(std::string* error) {
 #endif
       {"generic", true, kernels_generic},
   };
-  const char* wanted = std::getenv("SCARLET_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') {
-    for (const Choice& choice : choices) {
-      if (choice.runs_here) return &choice.get();
+  std::string names;
+  for (const Choice& choice : choices) {
+    names += std::string(" ") + choice.name;
+    if (*wanted != '\0' && std::strcmp(choice.name, wanted) != 0) continue;
+    if (choice.runs_here) return &choice.get();
+    if (*wanted != '\0') {
+      *error = std::string("instruction set ") + wanted + ": this processor does not have it";
+      return nullptr;
     }
   }
-  for (const Choice& choice : choices) {
-    if (std::strcmp(choice.name, wanted) != 0) continue;
-    if (choice.runs_here) return &choice.get();
-    *error = std::string("SCARLET_CPU_ISA=") + wanted + ": this processor cannot run it";
-    return nullptr;
-  }
-  *error = std::string("SCARLET_CPU_ISA=") + wanted + ": expected one of";
-  for (const Choice& choice : choices) *error += std::string(" ") + choice.name;
+  *error = std::string("instruction set ") + wanted + ": expected one of" + names;
   return nullptr;
 }
+
+std::atomic<const Kernels*> chosen{nullptr};
 
 // Rows of weights that one task takes: about `bytes` of them, in whole steps of `step`.
 int64_t rows_a_task(int64_t row_bytes, int64_t bytes, int64_t step) {
@@ -55,12 +55,7 @@ int64_t rows_a_task(int64_t row_bytes, int64_t bytes, int64_t step) {
 
 }  // namespace
 
-const Kernels* kernels(std::string* error) {
-  static std::string why;
-  static const Kernels* const chosen = choose(&why);
-  if (chosen == nullptr && error != nullptr) *error = why;
-  return chosen;
-}
+const Kernels& kernels() { return *chosen.load(std::memory_order_acquire); }
 
 bool type_by_name(const char* name, size_t length, QType* type) {
   for (int i = 0; i < kTypeCount; i++) {
@@ -173,14 +168,18 @@ size_t scarlet_set_codebook(const char* name, const void* data, size_t size) {
   return 0;
 }
 
-// The instruction set in use, or null with the reason in `error`.
-const char* scarlet_isa(char* error, size_t size) {
+// Chooses the instruction set of that name, or the best one if it is empty, and returns its name; null, with
+// the reason in `error`, if it is unknown or cannot run here. To be called before any kernel runs.
+const char* scarlet_set_isa(const char* name, char* error, size_t size) {
   std::string why;
-  const scarlet::Kernels* kernels = scarlet::kernels(&why);
-  if (kernels != nullptr) return kernels->isa;
-  std::strncpy(error, why.c_str(), size - 1);
-  error[size - 1] = '\0';
-  return nullptr;
+  const scarlet::Kernels* kernels = scarlet::choose(name, &why);
+  if (kernels == nullptr) {
+    std::strncpy(error, why.c_str(), size - 1);
+    error[size - 1] = '\0';
+    return nullptr;
+  }
+  scarlet::chosen.store(kernels, std::memory_order_release);
+  return kernels->isa;
 }
 
 void scarlet_set_threads(int threads) { scarlet::set_threads(threads); }
@@ -188,7 +187,7 @@ int scarlet_threads() { return scarlet::threads(); }
 
 // Probes for the benchmarks: read all bytes once on every thread; do `iterations` of FMAs on every thread.
 float scarlet_read_all(const uint8_t* bytes, size_t size) {
-  const scarlet::Kernels& k = *scarlet::kernels(nullptr);
+  const scarlet::Kernels& k = scarlet::kernels();
   constexpr int64_t kPart = 1 << 20;
   const int64_t parts = static_cast<int64_t>(size) / kPart;
   std::vector<float> sums(parts);
@@ -198,7 +197,7 @@ float scarlet_read_all(const uint8_t* bytes, size_t size) {
   return total;
 }
 double scarlet_fma_all(int64_t iterations) {
-  const scarlet::Kernels& k = *scarlet::kernels(nullptr);
+  const scarlet::Kernels& k = scarlet::kernels();
   const int64_t parts = 8 * scarlet::threads();
   std::vector<double> flops(parts);
   scarlet::run_tasks(parts, 0, [&](int64_t i, float*) { flops[i] = k.fma_chain(iterations); });

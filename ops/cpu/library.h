@@ -7,9 +7,8 @@
 
 namespace scarlet {
 
-// The best instruction set of this machine, or the one that SCARLET_CPU_ISA names; null with `error` set
-// if that is unknown or cannot run here. Decided once.
-const Kernels* kernels(std::string* error);
+// Those of the instruction set that `scarlet_set_isa` chose.
+const Kernels& kernels();
 
 // The type of that name, or false.
 bool type_by_name(const char* name, size_t length, QType* type);

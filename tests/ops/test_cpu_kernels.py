@@ -1,0 +1,442 @@
+"""The compiled CPU kernels, on every instruction set that runs here, against float64 over ggml's values."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support_blocks import (
+    QTYPES,
+    assert_same_bits,
+    by_gguf_py,
+    expected_values,
+    random_blocks,
+    trial_blocks,
+    with_scale,
+)
+
+from scarlet_jax.errors import BadInput
+from scarlet_jax.ops import cpu
+from scarlet_jax.ops.qtensor import QTensor, block_size
+
+pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+
+# Inputs and decoded weights are the same numbers on both sides; a product is rounded once and then some
+# tens of times as lanes and chains are summed, each about 2^-25 relative. A wrong bit costs 1e-3 and more.
+TOLERANCE = 2e-6
+FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+PACKED = tuple(q for q in QTYPES if q not in FLOATS)
+
+every_type = pytest.mark.parametrize("qtype", QTYPES)
+every_packed_type = pytest.mark.parametrize("qtype", PACKED)
+
+
+@pytest.fixture(autouse=True, params=["avx512", "avx2", "generic"])
+def isa(request):
+    try:
+        cpu.set_isa(request.param)
+    except BadInput as reason:
+        pytest.skip(str(reason))
+    yield request.param
+    cpu.set_isa()
+
+
+def relative_l2(got, expected) -> float:
+    return float(np.linalg.norm(np.asarray(got, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def make_rows(qtype: str, out: int, blocks: int = 3, seed: int = 0) -> np.ndarray:
+    """Random weights of about unit size: uint8 (out, row bytes)."""
+    if qtype in FLOATS:
+        weights = np.random.default_rng([seed, out]).standard_normal((out, 32 * blocks)).astype(FLOATS[qtype])
+        return weights.view(np.uint8)
+    return with_scale(qtype, random_blocks(qtype, out * blocks, seed)).reshape(out, -1)
+
+
+def values_of(qtype: str, rows: np.ndarray) -> np.ndarray:
+    """Packed (out, row bytes) -> float64 (out, in), by gguf-py."""
+    values = by_gguf_py(qtype, rows.reshape(-1, block_size(qtype)[1]))
+    return values.reshape(len(rows), -1).astype(np.float64)
+
+
+def activations(*shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
+
+
+def product(x, qtype: str, rows: np.ndarray) -> np.ndarray:
+    return np.asarray(x, np.float64) @ values_of(qtype, rows).T
+
+
+# --- values -----------------------------------------------------------------------------------------
+
+
+@every_type
+def test_decoding_is_bit_exact(qtype):
+    """NaN, infinities, subnormals and minus zero included."""
+    assert_same_bits(np.asarray(cpu.decode(trial_blocks(qtype), qtype)), expected_values(qtype))
+
+
+@every_packed_type
+def test_decoding_rows(qtype):
+    elements, size = block_size(qtype)
+    blocks = random_blocks(qtype, 2 * 3 * 5)
+    got = jax.jit(cpu.decode, static_argnums=1)(blocks.reshape(2, 3, 5 * size), qtype)
+    assert got.shape == (2, 3, 5 * elements)
+    assert_same_bits(np.asarray(got).reshape(-1, elements), by_gguf_py(qtype, blocks))
+
+
+# One row, few, the first count of the tiled product, and counts that fill no tile; out of 1, of odd numbers,
+# and beyond a tile of weights.
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 11])
+@every_type
+def test_product(qtype, count):
+    rows = make_rows(qtype, out=13)
+    w = QTensor(rows, qtype)
+    x = activations(count, w.shape[1])
+    got = jax.jit(cpu.qmatmul)(x, w)
+    assert got.dtype == jnp.float32
+    assert relative_l2(got, product(x, qtype, rows)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("qtype", ["Q4_K", "Q8_0", "F16"])
+@pytest.mark.parametrize("count", [1, 4, 9, 300])
+@pytest.mark.parametrize("out", [1, 97, 205])
+def test_product_beyond_every_tile(qtype, count, out):
+    rows = make_rows(qtype, out, blocks=5 * 256 // max(32, block_size(qtype)[0]))
+    w = QTensor(rows, qtype)
+    x = activations(count, w.shape[1])
+    assert relative_l2(cpu.qmatmul(x, w), product(x, qtype, rows)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize("elements", [1, 5, 16, 31, 33, 517, 1030])
+@pytest.mark.parametrize("qtype", FLOATS)
+def test_float_rows_of_any_length(qtype, elements, count):
+    rng = np.random.default_rng(elements)
+    weights = jnp.asarray(rng.standard_normal((7, elements)).astype(FLOATS[qtype]))
+    x = activations(count, elements)
+    expected = np.asarray(x, np.float64) @ np.asarray(weights, np.float64).T
+    assert relative_l2(cpu.qmatmul(x, weights), expected) <= TOLERANCE
+    as_bytes = np.asarray(weights).view(np.uint8)
+    np.testing.assert_array_equal(
+        cpu.decode(as_bytes, qtype) if elements else 0, np.asarray(weights, np.float32)
+    )
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+@every_packed_type
+def test_adversarial_blocks(qtype, count):
+    """Scales, mins and quants at their extremes, and activations of very different sizes."""
+    size = block_size(qtype)[1]
+    rng = np.random.default_rng(7)
+    rows = rng.choice(np.array([0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F], np.uint8), (9, 4 * size))
+    rows = with_scale(qtype, rows.reshape(-1, size)).reshape(9, -1)
+    w = QTensor(rows, qtype)
+    x = activations(count, w.shape[1]) * (10.0 ** rng.integers(-6, 6, w.shape[1])).astype(np.float32)
+    assert relative_l2(cpu.qmatmul(x, w), product(x, qtype, rows)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(0, 768), (2, 0, 768)])
+def test_no_rows(shape):
+    w = QTensor(make_rows("Q4_K", out=7), "Q4_K")
+    assert cpu.qmatmul(jnp.zeros(shape), w).shape == (*shape[:-1], 7)
+    none = QTensor(w.blocks[:0], "Q4_K")
+    assert cpu.qmatmul(jnp.zeros((3, 768)), none).shape == (3, 0)
+    assert cpu.decode(w.blocks[:0], "Q4_K").shape == (0, 768)
+    assert (np.asarray(cpu.qmatmul(jnp.zeros((3, 0)), jnp.zeros((5, 0)))) == np.zeros((3, 5))).all()
+
+
+# --- independence -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many_threads():
+    before = cpu.threads()
+    yield cpu.set_threads
+    cpu.set_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("qtype", ["Q4_K", "Q6_K", "F32"])
+def test_threads_do_not_change_a_bit(qtype, count, many_threads):
+    w = QTensor(make_rows(qtype, out=301, blocks=16), qtype)
+    x = activations(count, w.shape[1])
+    results = []
+    for threads in (1, 2, 5):
+        many_threads(threads)
+        assert cpu.threads() == threads
+        results.append(np.asarray(cpu.qmatmul(x, w)))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+@every_type
+def test_rows_do_not_depend_on_their_neighbours(qtype):
+    """A verified draft is bit for bit what one step at a time would have given."""
+    w = QTensor(make_rows(qtype, out=13), qtype)
+    x = activations(4, w.shape[1])
+    one_by_one = np.concatenate([cpu.qmatmul(x[i : i + 1], w) for i in range(4)])
+    for count in (2, 3, 4):
+        np.testing.assert_array_equal(cpu.qmatmul(x[:count], w), one_by_one[:count])
+
+
+def test_two_callers_at_once(many_threads):
+    """Neither waits for the other's work, and both are right."""
+    many_threads(3)
+    w = QTensor(make_rows("Q5_K", out=500, blocks=8), "Q5_K")
+    xs = [activations(1, w.shape[1]) * scale for scale in (1, 2)]
+    expected = [np.asarray(cpu.qmatmul(x, w)) for x in xs]
+    wrong = []
+
+    def call(x, y):
+        for _ in range(100):
+            if not np.array_equal(cpu.qmatmul(x, w), y):
+                wrong.append(y)
+
+    callers = [threading.Thread(target=call, args=pair) for pair in zip(xs, expected, strict=True)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert not wrong
+    assert not any(caller.is_alive() for caller in callers)
+
+
+# --- fused calls ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_many_weights_share_an_input(count):
+    ws = [QTensor(make_rows(q, out), q) for q, out in (("Q4_K", 13), ("Q6_K", 5), ("IQ3_S", 7))]
+    floats = jnp.asarray(activations(3, 768))
+    x = activations(2, count, 768)
+    got = jax.jit(lambda x, ws: cpu.qmatmul_many(x, ws))(x, [*ws, floats])
+    for y, w in zip(got, [*ws, floats], strict=True):
+        np.testing.assert_array_equal(y, cpu.qmatmul(x, w))
+
+
+@pytest.mark.parametrize("qtypes", [("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "IQ4_XS", "F16")])
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_ffn(qtypes, count):
+    F, D = 512, 256
+    shapes = [(F, D), (F, D), (24, F)]
+    rows = [
+        make_rows(q, out, n // max(32, block_size(q)[0])) for q, (out, n) in zip(qtypes, shapes, strict=True)
+    ]
+    scales = [0.02, 0.02, 0.05]  # so that silu is tried on both sides of its bend
+    x = activations(count, D)
+    ws = [QTensor(r, q) for r, q in zip(rows, qtypes, strict=True)]
+    x = x * np.float32(scales[0] / np.abs(values_of(qtypes[0], rows[0])).mean())
+    gate, up = (product(x, q, r) for q, r in zip(qtypes[:2], rows[:2], strict=True))
+    hidden = gate / (1 + np.exp(-gate)) * up
+    expected = hidden @ values_of(qtypes[2], rows[2]).T
+    got = jax.jit(cpu.ffn)(x, *ws)
+    assert relative_l2(got, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_experts(count, own):
+    """Any number of rows an expert, none for some; x shared by a row's experts or one each."""
+    E, k, out = 6, 3, 13
+    rows = make_rows("Q5_K", E * out, blocks=2)
+    w = QTensor(rows.reshape(E, out, -1), "Q5_K")
+    rng = np.random.default_rng(count)
+    ids = np.stack([rng.permutation(E - 1)[:k] for _ in range(count)]).astype(np.int32)
+    x = activations(*((count, k, 512) if own else (count, 512)))
+    values = values_of("Q5_K", rows).reshape(E, out, 512)
+    each = x if own else np.repeat(x[:, None], k, axis=1)
+    expected = np.einsum("mki,mkoi->mko", each.astype(np.float64), values[ids])
+    got = jax.jit(cpu.qmatmul_experts)(x, w, ids)
+    assert got.shape == (count, k, out)
+    assert relative_l2(got, expected) <= TOLERANCE
+
+
+# --- transformations --------------------------------------------------------------------------------
+
+
+def test_vmap():
+    rows = make_rows("Q4_K", out=3 * 7)
+    w = QTensor(jnp.asarray(rows.reshape(3, 7, -1)), "Q4_K")
+    x = activations(3, 5, 768)
+    one_by_one = np.stack([cpu.qmatmul(x[e], QTensor(w.blocks[e], "Q4_K")) for e in range(3)])
+    np.testing.assert_array_equal(jax.vmap(cpu.qmatmul)(x, w), one_by_one)
+    over_w = jax.vmap(cpu.qmatmul, in_axes=(None, 0))(x[0], w)
+    np.testing.assert_array_equal(over_w[0], one_by_one[0])
+    both = jax.vmap(jax.vmap(cpu.qmatmul, in_axes=(None, 0)), in_axes=(0, None))(x, w)
+    np.testing.assert_array_equal(both[2, 1], cpu.qmatmul(x[2], QTensor(w.blocks[1], "Q4_K")))
+    over_x = jax.vmap(cpu.qmatmul, in_axes=(0, None))(x, QTensor(w.blocks[0], "Q4_K"))
+    np.testing.assert_array_equal(over_x[0], one_by_one[0])
+
+
+def test_gradient():
+    rows = make_rows("Q6_K", out=7, blocks=1)
+    w = QTensor(rows, "Q6_K")
+    x, dy = activations(3, 256), activations(3, 7)
+    _, pull = jax.vjp(lambda x: cpu.qmatmul(x, w), jnp.asarray(x))
+    assert relative_l2(pull(jnp.asarray(dy))[0], dy.astype(np.float64) @ values_of("Q6_K", rows)) <= TOLERANCE
+
+
+# --- what does not fit ------------------------------------------------------------------------------
+
+
+def raw(name, result, *args, **attributes):
+    return jax.ffi.ffi_call(name, result)(*args, **attributes)
+
+
+F32 = jnp.float32
+BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: raw(
+                "scarlet_qmatmul",
+                [jax.ShapeDtypeStruct((3, 7), F32)],
+                np.zeros((3, 256), F32),
+                BLOCKS,
+                qtypes="Q4_K",
+            ),
+            r"scarlet_qmatmul: w is u8 \(7, 288\): expected rows of 256 elements",
+        ),
+        (
+            lambda: raw(
+                "scarlet_qmatmul",
+                [jax.ShapeDtypeStruct((3, 7), F32)],
+                np.zeros((3, 512), np.int32),
+                BLOCKS,
+                qtypes="Q4_K",
+            ),
+            r"scarlet_qmatmul: x is i32 \(3, 512\): expected f32",
+        ),
+        (
+            lambda: raw(
+                "scarlet_qmatmul",
+                [jax.ShapeDtypeStruct((3, 6), F32)],
+                np.zeros((3, 512), F32),
+                BLOCKS,
+                qtypes="Q4_K",
+            ),
+            r"scarlet_qmatmul: the result is f32 \(3, 6\)",
+        ),
+        (
+            lambda: raw(
+                "scarlet_qmatmul",
+                [jax.ShapeDtypeStruct((3, 7), F32)],
+                np.zeros((3, 512), F32),
+                BLOCKS,
+                qtypes="Q9_X",
+            ),
+            "w has quant type Q9_X, which is unknown",
+        ),
+        (
+            lambda: raw(
+                "scarlet_qmatmul",
+                [jax.ShapeDtypeStruct((3, 7), F32)],
+                np.zeros((3, 512), F32),
+                BLOCKS[:, 1:],
+                qtypes="Q4_K",
+            ),
+            r"w is u8 \(7, 287\): expected rows of whole Q4_K blocks of 144 bytes",
+        ),
+        (
+            lambda: raw(
+                "scarlet_qmatmul",
+                [jax.ShapeDtypeStruct((3, 7), F32)],
+                np.zeros((3, 512), F32),
+                BLOCKS,
+                qtypes="Q4_K,Q6_K",
+            ),
+            "1 weights and 1 results for quant types Q4_K,Q6_K",
+        ),
+        (
+            lambda: raw(
+                "scarlet_qmatmul",
+                [jax.ShapeDtypeStruct((3, 7), F32)],
+                np.zeros((3, 512), F32),
+                BLOCKS.astype(F32),
+                qtypes="Q4_K",
+            ),
+            r"w is f32 \(7, 288\): expected u8",
+        ),
+        (
+            lambda: raw("scarlet_decode", jax.ShapeDtypeStruct((7, 511), F32), BLOCKS, qtype="Q4_K"),
+            r"scarlet_decode: the result is f32 \(7, 511\)",
+        ),
+        (
+            lambda: raw(
+                "scarlet_ffn",
+                jax.ShapeDtypeStruct((3, 7), F32),
+                np.zeros((3, 512), F32),
+                BLOCKS,
+                BLOCKS,
+                BLOCKS,
+                qtypes="Q4_K,Q4_K,Q4_K",
+            ),
+            r"scarlet_ffn: down is u8 \(7, 288\): expected rows of 7 elements",
+        ),
+        (
+            lambda: cpu.qmatmul_experts(
+                np.zeros((2, 512), F32), QTensor(BLOCKS[None], "Q4_K"), np.array([[0], [1]], np.int32)
+            ),
+            "scarlet_qmatmul_experts: ids has 1: expected 0 to 0",
+        ),
+        (
+            lambda: cpu.qmatmul_experts(
+                np.zeros((3, 512), F32), QTensor(BLOCKS[None], "Q4_K"), np.zeros((2, 1), np.int32)
+            ),
+            r"scarlet_qmatmul_experts: x is f32 \(3, 512\)",
+        ),
+    ],
+)
+def test_a_misfit_is_an_error_with_names(call, message):
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(call())
+
+
+def test_integer_weights_are_not_covered():
+    with pytest.raises(NotImplementedError, match="weights of dtype int32"):
+        cpu.qmatmul(activations(1, 4), jnp.zeros((3, 4), jnp.int32))
+
+
+# --- the process ------------------------------------------------------------------------------------
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("isa", ["avx512"], indirect=True)  # once is enough
+def test_environment(isa):
+    code = "from scarlet_jax.ops import cpu; print(cpu.unavailable()); print(cpu.isa(), cpu.threads())"
+    assert run_python(code, SCARLET_CPU_ISA="generic", SCARLET_THREADS="3").stdout == "None\ngeneric 3\n"
+    wrong = run_python(code, SCARLET_CPU_ISA="neon").stdout
+    assert wrong == "instruction set neon: expected one of avx512 avx2 generic\n"
+
+
+@pytest.mark.parametrize("isa", ["avx512"], indirect=True)
+def test_fork(isa):
+    """A child of a process whose team is at work has none of its threads, and makes a team of its own."""
+    code = """
+import ctypes, os
+from scarlet_jax.ops import cpu
+cpu.set_threads(3)
+library = cpu._library()
+assert library.scarlet_fma_all(1000) > 0
+child = os.fork()
+if child == 0:
+    os._exit(0 if library.scarlet_fma_all(1000) > 0 else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert library.scarlet_fma_all(1000) > 0
+print("both")
+"""
+    assert run_python(code).stdout == "both\n"
