@@ -26,14 +26,13 @@ from scarlet_jax.errors import BadInput
 
 # --- The server --------------------------------------------------------------------------------------------
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @dataclasses.dataclass
 class Repo:
     """What the server has of a repository, and how it misbehaves."""
 
     files: dict[str, bytes]
+    commit: str = "0123456789abcdef0123456789abcdef01234567"
     token: str | None = None  # private: only for who shows this
     gated: bool = False  # listed for everybody, given to nobody
     status: int = 200  # of the listing
@@ -104,10 +103,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send_listing(self, repo: Repo, name: str) -> None:
         if repo.status != 200:
-            self._refuse(repo.status, "", "a bad day")
+            self._answer(repo.status, {}, b'{"error": "a bad\\nday"}')
             return
         siblings = [{"rfilename": file} for file in repo.files]
-        self._answer(200, {}, json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
+        self._answer(200, {}, json.dumps({"id": name, "sha": repo.commit, "siblings": siblings}).encode())
 
     def _redirect(self, repo: Repo, name: str, file: str) -> None:
         if repo.gated:
@@ -118,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         size = repo.claimed_size or len(repo.files[file])
         etag = hashlib.sha256(repo.files[file]).hexdigest()
-        facts = {"X-Repo-Commit": COMMIT, "X-Linked-Size": str(size), "X-Linked-ETag": f'"{etag}"'}
+        facts = {"X-Repo-Commit": repo.commit, "X-Linked-Size": str(size), "X-Linked-ETag": f'"{etag}"'}
         self._answer(302, facts | {"Location": f"{self.server.cdn}/{name}/{file}"})
 
     def _send_file(self, repo: Repo, file: str) -> None:
@@ -339,7 +338,7 @@ def test_without_a_quant_the_usual_one_or_the_only_one(files, chosen):
         ("Q5_K_M", ["m-Q8_0.gguf", "m-Q4_K_M.gguf"], "has no Q5_K_M, expected one of Q4_K_M, Q8_0"),
         ("F16", ["m-BF16.gguf"], "has no F16, expected one of BF16"),
         ("F16", ["mmproj-F16.gguf", "m-Q8_0.gguf"], "has no F16, expected one of Q8_0"),
-        ("K_M.", ["m-Q4_K_M.gguf"], "has no K_M., expected one of Q4_K_M"),
+        ("Q4.K.M", ["m-Q4_K_M.gguf"], "has no Q4.K.M, expected one of Q4_K_M"),
         (
             "",
             ["m-Q2_K.gguf", "m-Q3_K_S.gguf"],
@@ -428,7 +427,8 @@ def test_no_such_repository(client):
 
 
 def test_no_possible_repository(client):
-    assert "owner/no--where" in client.refusal("owner/no--where")
+    message = client.refusal("owner/no--where")
+    assert message.startswith("owner/no--where: HFValidationError: ")
 
 
 def test_gated_repository(repo, client):
@@ -493,6 +493,18 @@ def test_offline_on_purpose(repo, client, one_off):
     assert f"{name}: has no Q8_0, expected one of Q4_K_M" in offline.refusal(f"{name}:Q8_0")
     assert "HF_HUB_OFFLINE" in offline.refusal("owner/never-fetched")
     assert len(there.log) == asked
+
+
+def test_offline_takes_the_newest_copy(repo, client, one_off):
+    name, there = repo
+    copies = []
+    for commit in ("b" * 40, "a" * 40, "c" * 40):  # in no order of theirs
+        there.commit = commit
+        there.files["Qwen3.5-2B-Q4_K_M.gguf"] = model_file(commit)
+        copies.append(client.resolve(name))
+        os.utime(copies[-1], times=(1e9 + len(copies), 1e9 + len(copies)))
+    os.utime(copies[1], times=(2e9, 2e9))
+    assert one_off({"HF_HUB_OFFLINE": "1"}).resolve(name) == copies[1]
 
 
 def test_offline_without_a_cache(server, tmp_path):
