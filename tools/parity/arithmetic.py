@@ -95,5 +95,33 @@ def partner(qtype: str) -> Rounding | None:
     return ACTIVATION_ROUNDING.get(qtype, q8_k)
 
 
-# What a key-value cache may hold, the roundings in the order a hypothesis is tried.
-KV_ROUNDING: dict[str, Rounding] = {"f16": f16, "bf16": bf16, "q8_0": q8_0, "q4_0": q4_0}
+def rotated(rounding: Rounding) -> Rounding:
+    """`rounding` after a Hadamard rotation of every 64 elements, which is undone: a quantised cache's way."""
+
+    def apply(x: np.ndarray) -> np.ndarray:
+        if x.shape[-1] % 64:
+            return rounding(x)
+        cut = x.reshape(*x.shape[:-1], -1, 64)
+        return (rounding((cut @ HADAMARD).reshape(x.shape)).reshape(cut.shape) @ HADAMARD).reshape(x.shape)
+
+    return apply
+
+
+def _hadamard(n: int) -> np.ndarray:
+    matrix = np.ones((1, 1))
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / n**0.5
+
+
+HADAMARD = _hadamard(64)
+
+# What a key-value cache may hold, in the order the hypotheses are tried.
+KV_ROUNDING: dict[str, Rounding] = {
+    "f16": f16,
+    "bf16": bf16,
+    "q8_0": q8_0,
+    "q8_0 rotated": rotated(q8_0),
+    "q4_0": q4_0,
+    "q4_0 rotated": rotated(q4_0),
+}

@@ -6,6 +6,7 @@ of the operations it would touch: that cannot happen by chance, and no fault loo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,8 @@ from scarlet_jax.tools.parity.dump import Dump
 from scarlet_jax.tools.parity.view import Arithmetic
 
 _SAMPLED = 10  # operations looked at for each kind of rounding
-_EXPLAINED = 0.5  # share of the residual's norm that must go
+_EXPLAINED = 0.5  # share of the residual's norm that may be left
+_LIKE = (0.3, 3.0)  # a residual of this many times a rounding's own effect is of its size
 
 
 def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump]) -> None:
@@ -25,9 +27,10 @@ def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump]) -> None:
     attended = [t for t in taps if t.op in ("kq", "kqv", "attn_pregate") and t.kind == "attention"]
     found = []
     for side in (0, 1):
-        matmul = _best(pair, side, products, [Arithmetic(matmul=m) for m in ("partner", "bf16", "tf32")])
-        kv = _best(pair, side, attended, [Arithmetic(kv=k) for k in KV_ROUNDING])
-        found.append(Arithmetic(matmul.matmul, kv.kv))
+        matmul, loose = _best(pair, side, products, [Arithmetic(matmul=m) for m in ("partner", "bf16", "tf32")])
+        kv, loose_kv = _best(pair, side, attended, [Arithmetic(kv=k) for k in KV_ROUNDING])
+        names = tuple(name for name, is_loose in (("matmul", loose), ("kv", loose_kv)) if is_loose)
+        found.append(Arithmetic(matmul.matmul, kv.kv, names))
     pair.arithmetic = (found[0], found[1])
     pair.may_round = tuple(
         arithmetic.matmul == "partner" or "llama" in dump.engine.lower()
@@ -39,34 +42,75 @@ def _op(tap) -> graph.Op | None:
     return graph.find(tap.op, tap.kind)
 
 
-def _best(pair: local.Pair, side: int, taps: Sequence, candidates: Sequence[Arithmetic]) -> Arithmetic:
-    """The candidate that explains most, or exact arithmetic."""
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """How one candidate does on one tap.
+
+    `left`: share of the exact formula's residual that it leaves. `size`: |residual| over the candidate's own
+    effect. `even`: whether the residual is spread over tokens as that effect is, and unlike the output itself:
+    the look of rounding noise.
+    """
+
+    left: float
+    size: float
+    even: bool
+
+
+def _best(
+    pair: local.Pair, side: int, taps: Sequence, candidates: Sequence[Arithmetic]
+) -> tuple[Arithmetic, bool]:
+    """The candidate that explains most, else one whose size and evenness fit (True), else exact arithmetic."""
     step = max(1, len(taps) // _SAMPLED)
-    shares: dict[Arithmetic, list[float]] = {c: [] for c in candidates}
+    fits: dict[Arithmetic, list[_Fit]] = {c: [] for c in candidates}
     for tap in taps[::step][: _SAMPLED + 1]:
-        for candidate, share in _shares(pair, side, tap, candidates).items():
-            shares[candidate].append(share)
-    medians = {c: float(np.median(s)) for c, s in shares.items() if s}
-    if not medians:
-        return Arithmetic()
-    best = min(medians, key=lambda c: medians[c])
-    return best if medians[best] < _EXPLAINED else Arithmetic()
+        for candidate, fit in _fits(pair, side, tap, candidates).items():
+            fits[candidate].append(fit)
+    fits = {c: f for c, f in fits.items() if f}
+    if not fits:
+        return Arithmetic(), False
+    left = {c: float(np.median([fit.left for fit in f])) for c, f in fits.items()}
+    if min(left.values()) < _EXPLAINED:
+        return next(c for c, share in left.items() if share <= 1.2 * min(left.values()) + 1e-3), False
+    sized = [c for c, f in fits.items() if all(fit.even and _LIKE[0] < fit.size < _LIKE[1] for fit in f)]
+    return (sized[0], True) if sized else (Arithmetic(), False)
 
 
-def _shares(pair: local.Pair, side: int, tap, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, float]:
-    """What is left of one tap's residual under each arithmetic; 1 where it explains nothing."""
+def _fits(pair: local.Pair, side: int, tap, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, _Fit]:
+    """Each candidate on one tap; nothing for taps that are exact already or cannot be re-run."""
     run, op = (pair.ours, pair.reference)[side], _op(tap)
     y = np.asarray(run.taps[tap.name], np.float64)
 
-    def residual(arithmetic: Arithmetic) -> float:
-        value = op.run(run.view(tap.layer, tap.kind, run.facts, arithmetic=arithmetic))
-        return float(np.linalg.norm(y - np.asarray(value, np.float64).reshape(y.shape)))
+    def value(arithmetic: Arithmetic) -> np.ndarray:
+        view = run.view(tap.layer, tap.kind, run.facts, arithmetic=arithmetic)
+        return np.asarray(op.run(view), np.float64).reshape(y.shape)
 
     try:
         with np.errstate(all="ignore"):
-            exact = residual(Arithmetic())
-            if exact <= 30 * local.EPS32 * np.linalg.norm(y):  # exact already
-                return dict.fromkeys(candidates, 1.0)
-            return {c: residual(c) / exact for c in candidates}
+            exact = value(Arithmetic())
+            residual = y - exact
+            if _norm(residual) <= 30 * local.EPS32 * _norm(y):
+                return {}
+            return {c: _fit(residual, y - value(c), exact) for c in candidates}
     except (graph.Missing, ValueError):
         return {}
+
+
+def _fit(residual: np.ndarray, left: np.ndarray, exact: np.ndarray) -> _Fit:
+    effect = residual - left
+    if not _norm(effect):
+        return _Fit(1.0, np.inf, False)
+    by_token, expected = _rows(residual), _rows(effect)
+    ratio = by_token[expected > 0] / expected[expected > 0]
+    typical = float(np.median(ratio)) if ratio.size else 0.0
+    even = typical > 0 and float(np.mean((ratio < 4 * typical) & (ratio > typical / 4))) > 0.9
+    alike = abs(float(np.vdot(residual, exact))) / max(_norm(residual) * _norm(exact), 1e-300)
+    return _Fit(_norm(left) / _norm(residual), _norm(residual) / _norm(effect), even and alike < 0.1)
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.sqrt(np.vdot(x, x)))
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    flat = x.reshape(len(x), -1)
+    return np.sqrt(np.einsum("ij,ij->i", flat, flat))

@@ -92,14 +92,14 @@ def _case(pair: Pair, tap: Tap) -> Case:
     ours = np.asarray(pair.ours.taps[tap.name], np.float64)
     reference = np.asarray(pair.reference.taps[tap.name], np.float64)
     facts = pair.chosen.get((tap.kind, tap.op), pair.reference.facts)
-    view = pair.ours.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[0]) if op else None
+    view = pair.ours.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[0].strict()) if op else None
     floor = (tap.local.floor if tap.local else 0.0) * float(np.linalg.norm(reference))
     right = reference
     if tap.local is not None and tap.local.method in ("formula", "span"):
         right = ours - tap.local.ours_residual
         if tap.local.method == "formula" and tap.local.ours < 0.3 * tap.local.reference:
             # Our engine follows the formula and the reference does not: explain the reference's departure.
-            view = pair.reference.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[1])
+            view = pair.reference.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[1].strict())
             right, ours = reference - (tap.local.ours_residual - tap.local.residual), reference
     return Case(ours, right.reshape(ours.shape), floor, view, op, tap)
 

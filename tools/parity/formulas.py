@@ -35,8 +35,10 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def softplus(x: np.ndarray) -> np.ndarray:
-    """log(1 + e^x), without overflow."""
-    return np.logaddexp(x.dtype.type(0), x)
+    """log(1 + e^x), without overflow; in f32 as engines write it, which loses digits where e^x is small."""
+    if x.dtype == np.float32:
+        return np.where(x > 20, x, np.log(1 + np.exp(np.minimum(x, 20))))
+    return np.logaddexp(0, x)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -985,7 +985,7 @@ def _values(v: Any, other_heads: bool = False) -> np.ndarray:
     if v.facts.first_position:
         raise Missing("the values of earlier tokens")
     p, values = v("kq_soft_max"), heads(v("Vcur"), v.facts.head_dim)
-    return f.mix(p[:, :, : len(values)], v.kv(values), _read(v, p.shape[1], values.shape[1], other_heads))
+    return f.mix(v.kv(p[:, :, : len(values)]), v.kv(values), _read(v, p.shape[1], values.shape[1], other_heads))
 
 
 _SOFTMAX_FAULTS: dict[str, Run] = {

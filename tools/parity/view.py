@@ -21,11 +21,20 @@ class Arithmetic:
     """How an engine rounds what it multiplies: "" for f32 all the way.
 
     `matmul`: "partner" (activations in the weight type's 8-bit partner), "bf16", "tf32".
-    `kv`: "f16", "bf16", "q8_0", "q4_0".
+    `kv`: "f16", "bf16", "q8_0", "q4_0", of keys and values, of what meets them too.
+    `loose`: those of the two ("matmul", "kv") that are known by their size only: the engine's errors are of
+    that order, but repeating the rounding does not reproduce them.
     """
 
     matmul: str = ""
     kv: str = ""
+    loose: tuple[str, ...] = ()
+
+    def strict(self) -> Arithmetic:
+        """What of it can be imitated."""
+        return Arithmetic(
+            "" if "matmul" in self.loose else self.matmul, "" if "kv" in self.loose else self.kv
+        )
 
 
 @dataclasses.dataclass(frozen=True)
