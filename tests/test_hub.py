@@ -520,6 +520,14 @@ def test_disk_too_small_is_said_before_it_is_full(repo, client):
     assert there.fetched() == []
 
 
+def test_file_of_another_size_than_said(repo, client):
+    name, there = repo
+    size = len(there.files["Qwen3.5-2B-Q4_K_M.gguf"])
+    there.claimed_size = size + 10
+    message = client.refusal(name)  # one line, though the library says it in several
+    assert f"file should be of size {size + 10} but has size {size}" in message
+
+
 def test_disk_that_fills_up_leaves_nothing_behind(repo, one_off, home):
     name, there = repo
     there.files["Qwen3.5-2B-Q4_K_M.gguf"] = bytes(300_000)
