@@ -176,9 +176,9 @@ def query_and_gate(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def causal_softmax(scores: np.ndarray) -> np.ndarray:
-    """Softmax over keys S of scores (T, N, S), token t seeing keys 0 to t."""
-    T, _, S = scores.shape
-    visible = np.arange(S) <= np.arange(T)[:, None, None]
+    """Softmax over keys of scores (T, N, T), token t seeing keys 0 to t."""
+    T = len(scores)
+    visible = np.arange(T) <= np.arange(T)[:, None, None]
     weights = np.exp(np.where(visible, scores - scores.max(axis=-1, keepdims=True), -np.inf))
     return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -230,7 +230,11 @@ def gated_norm(o: np.ndarray, weight: np.ndarray, z: np.ndarray, eps: float) -> 
 
 
 class _Taps(dict):
-    """Tap name -> array, for the tokens from `start` on; a name given twice keeps the last."""
+    """Tap name -> array, for the tokens from `start` on.
+
+    llama.cpp gives some names twice (`norm-N`, `Kcur-N`, `Vcur-N`). A dump keeps the last, so only that is
+    recorded here.
+    """
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -242,7 +246,6 @@ class _Taps(dict):
 
     def state(self, name: str, x: np.ndarray) -> None:
         """Record an array that has no token axis."""
-        self.pop(name, None)
         self[name] = x
 
 
@@ -268,8 +271,7 @@ def forward(
     embedding = weights["token_embd.weight"]
     x = tap("model.input_embed", embedding[np.asarray(tokens)])
     for i in range(model.trunk_layers):
-        normed = tap(f"norm-{i}", rms(x, eps))
-        h = tap(f"attn_norm-{i}", normed * weights[f"blk.{i}.attn_norm.weight"])
+        h = tap(f"attn_norm-{i}", rms(x, eps) * weights[f"blk.{i}.attn_norm.weight"])
         mixed = (
             delta_net(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap)
         )
@@ -314,10 +316,8 @@ def attention(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _
     key, value = key.reshape(T, K, H), tap(f"Vcur-{i}", value.reshape(T, K, H))
 
     tap(f"Qcur_reshaped-{i}", query)
-    tap(f"norm-{i}", rms(query, eps))
     query = tap(f"Qcur_normed-{i}", rms(query, eps) * model.weights[f"blk.{i}.attn_q_norm.weight"])
     query = tap(f"Qcur-{i}", rope(query, positions, rotary, sections, base))
-    tap(f"norm-{i}", rms(key, eps))
     key = tap(f"Kcur_normed-{i}", rms(key, eps) * model.weights[f"blk.{i}.attn_k_norm.weight"])
     key = tap(f"Kcur-{i}", rope(key, positions, rotary, sections, base))
 
@@ -374,7 +374,6 @@ def delta_net(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
     tap.state(f"state_predelta-{i}", states[tap.start])
     tap.state(f"new_state-{i}", states[T])
     tap(f"attn_output-{i}", o)
-    tap(f"norm-{i}", rms(o, eps))
     z = tap(f"z-{i}", model.linear(f"blk.{i}.attn_gate", h))
     gated = gated_norm(o, weights[f"blk.{i}.ssm_norm.weight"], z.reshape(T, Hv, Dv), eps)
     gated = tap(f"final_output-{i}", gated.reshape(T, Hv * Dv))

@@ -57,8 +57,9 @@ SHAPES = {
     ),
 }
 
-# Pairs 2 and 5 belong to the fourth position, which stays 0 for text: transformers has no such position.
-FOURTH_POSITION = dataclasses.replace(_BASE, dimension_sections=(3, 3, 0, 2))
+# Time has pairs 0, 3 and 6, height 1 and 4, width 2. The others belong to the fourth position, which stays 0
+# for text: transformers has no such position.
+FOURTH_POSITION = dataclasses.replace(_BASE, dimension_count=26, dimension_sections=(3, 2, 1, 7))
 # The sections are fewer than the pairs, and repeat.
 REPEATED_SECTIONS = dataclasses.replace(_BASE, dimension_count=24, dimension_sections=(2, 2, 1, 0))
 # An epsilon that shows: 1e-6 is below what single precision resolves.

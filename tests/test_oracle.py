@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 
 import gguf
 import numpy as np
 import oracle
 import pytest
 from support import relative_l2
+from support_mutants import functions, mutants
 from support_shapes import FOURTH_POSITION, LARGE_EPSILON, REPEATED_SECTIONS, SHAPES
 
 from scarlet_jax.tools import synth
@@ -275,3 +278,57 @@ def test_a_forgotten_scale_shows_where_it_is(name, first, path, llama_cpp_taps):
     theirs = llama_cpp_taps("conv-5", 17)
     errors = {tap: relative_l2(theirs[tap], taps.get(tap, 0)) for tap in theirs}
     assert next(tap for tap, error in errors.items() if error > TOLERANCE) == first
+
+
+# One-step changes of a formula that change nothing: a sum or a list in another order, what a softmax is
+# shifted by, a dimension that files of this family have twice, one state more than is read.
+HARMLESS = {
+    "return np.logaddexp(x, 0)",
+    "for component, length in ((1, h), (0, t), (2, w)):",
+    "for component, length in ((0, t), (2, w), (1, h)):",
+    "weights = np.exp(np.where(visible, scores + scores.max(axis=-1, keepdims=True), -np.inf))",
+    "weights = np.exp(np.where(visible, scores - visible.max(axis=-1, keepdims=True), -np.inf))",
+    "T, Hv, Dv = q.shape",
+    "T, Hv, Dv = k.shape",
+    "outputs = np.empty_like(q)",
+    "outputs = np.empty_like(k)",
+    "states = np.zeros((T + 1, Hv, k.shape[-1], Dv))",
+    "states = np.zeros((T + 1, Hv, Dv, q.shape[-1]))",
+    "states = np.zeros((T + 1, Hv, Dv, v.shape[-1]))",
+    "states = np.zeros((T + 2, Hv, Dv, k.shape[-1]))",
+    "states = np.zeros((Dv + 1, Hv, Dv, k.shape[-1]))",
+}
+FORMULAS = (
+    *("rms", "l2", "sigmoid", "silu", "softplus", "rope_component", "rope", "kv_head", "key_head"),
+    *("query_and_gate", "causal_softmax", "causal_conv", "attention_scale", "query_scale", "delta_rule"),
+    "gated_norm",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_every_small_mistake_shows(name, path, llama_cpp_taps, monkeypatch):
+    """About a thousand of them; a mistake that ends in an exception has shown."""
+    models = {shape: _in_memory(path(shape)) for shape in LLAMA_CPP_SHAPES}
+    unseen = set()
+    for mutant in mutants(functions(inspect.getsource(oracle))[name]):
+        changed = dict(vars(oracle))
+        exec(compile(ast.Module([mutant.tree], []), name, "exec"), changed)
+        monkeypatch.setattr(oracle, name, changed[name])
+        if not any(_shows(models[shape], llama_cpp_taps(shape, 17)) for shape in models):
+            unseen.add(mutant.change.splitlines()[0])
+    assert unseen <= HARMLESS
+
+
+def _in_memory(path) -> oracle.Model:
+    model = oracle.load(path)
+    return oracle.Model(model.metadata, dict(model.weights))
+
+
+def _shows(model: oracle.Model, theirs) -> bool:
+    try:
+        _, taps = oracle.forward(model, tokens(17))
+        return bool(differences(taps, theirs))
+    except Exception:
+        return True
