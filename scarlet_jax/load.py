@@ -89,22 +89,21 @@ class _Tensors:
         taken = {}
         for whole, parts in fused.items():
             if prefix + whole in self._file.tensors:
-                heights = [shapes[part][0] for part in parts]
-                weight = self.weight(prefix + whole, (sum(heights), shapes[parts[0]][1]))
-                cuts = np.cumsum([0, *heights])
+                cuts = np.cumsum([0, *(shapes[part][0] for part in parts)])
+                shape = (int(cuts[-1]), shapes[parts[0]][1])
                 for part, start, stop in zip(parts, cuts[:-1], cuts[1:], strict=True):
-                    taken[part.split(".")[0]] = _rows(weight, int(start), int(stop))
+                    taken[part.split(".")[0]] = self.weight(prefix + whole, shape, slice(start, stop))
         return taken
 
-    def weight(self, name: str, shape: tuple[int, ...]) -> Weight | None:
-        """A matrix as the file stores it: floats as an array, any other type packed."""
+    def weight(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> Weight | None:
+        """A matrix, or some rows of it, as the file stores it: floats as an array, any other type packed."""
         tensor = self._take(name, shape)
         if tensor is None:
             return None
         scale = self._scale(name)
         if tensor.qtype in FLOATS and scale is None:
-            return _place(tensor, tensor.array())
-        return QTensor(_place(tensor, tensor.data), tensor.qtype, scale)
+            return _place(tensor, tensor.array()[rows])
+        return QTensor(_place(tensor, tensor.data[rows]), tensor.qtype, scale)
 
     def array(self, name: str, shape: tuple[int, ...]) -> jax.Array | None:
         """A vector or a small table, in f32."""
@@ -140,13 +139,6 @@ class _Tensors:
         if problems:
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise BadInput(f"{self._file.path}: {'; '.join(problems[:8])}{more}")
-
-
-def _rows(weight: Weight | None, start: int, stop: int) -> Weight | None:
-    """Rows [start, stop) of a matrix, packed or not."""
-    if isinstance(weight, QTensor):
-        return dataclasses.replace(weight, blocks=weight.blocks[start:stop])
-    return None if weight is None else weight[start:stop]
 
 
 def _place(tensor: gguf.Tensor, view: np.ndarray) -> jax.Array:
