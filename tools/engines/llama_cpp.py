@@ -124,8 +124,9 @@ class Engine:
         wants: Callable[[str], bool] = lambda _name: True,
         lib: str | None = None,
     ) -> None:
+        self.lib = ggml.library(lib)
+        types = self.lib.type_id(type_k), self.lib.type_id(type_v)
         self.model = Model(path, lib=lib)
-        self.lib = self.model.lib
         self._n_ctx = n_ctx
         self._lengths = [0] * sequences
         self._observe, self._wants = observe, wants
@@ -138,7 +139,7 @@ class Engine:
             params.n_outputs_max = params.n_outputs_max_per_seq = params.n_batch
         params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
         params.flash_attn_type = int(flash_attention)
-        params.type_k, params.type_v = self.lib.type_id(type_k), self.lib.type_id(type_v)
+        params.type_k, params.type_v = types
         self._callback = ggml.EvalCallback(self._on_node)  # kept: llama.cpp holds only a pointer
         if observe:
             params.cb_eval = self._callback
