@@ -172,6 +172,15 @@ def test_prefill_decode_and_two_sequences_agree():
         assert relative_l2(other[:, :100], whole[:7, :100]) > 0.5  # they are not the same to begin with
 
 
+def test_the_last_logits_alone_are_the_last():
+    with llama_cpp.Engine(models.path(models.SHAPES["untied"])) as engine:
+        every = engine.decode(TOKENS[:9])
+        engine.clear()
+        last = engine.decode(TOKENS[:9], last=True)
+    assert last.shape == (1, models.SHAPES["untied"].vocab_size)
+    assert relative_l2(last[0], every[-1]) < TOLERANCE
+
+
 def test_small_physical_batches_change_nothing():
     path = models.path(models.SHAPES["untied"])
     with llama_cpp.Engine(path) as whole, llama_cpp.Engine(path, n_ubatch=8) as parts:

@@ -97,7 +97,6 @@ class Node:
     """
 
     name: str
-    op: str
     array: np.ndarray
     weight: tuple[str, str] | None
 
@@ -174,14 +173,18 @@ class Engine:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self._context), True)
         self._lengths = [0] * len(self._lengths)
 
-    def decode(self, tokens: Sequence[int], *, sequences: Sequence[int] | None = None) -> np.ndarray:
+    def decode(
+        self, tokens: Sequence[int], *, sequences: Sequence[int] | None = None, last: bool = False
+    ) -> np.ndarray:
         """Feeds tokens, each at the end of its sequence (0 by default) -> the logits after each, f32 (T, V).
 
+        With `last`, only those after the last token are computed: (1, V).
         Raises BadInput for no tokens, ids outside the vocabulary, and more tokens than the context holds.
         """
         sequences = [0] * len(tokens) if sequences is None else sequences
         self._check(tokens)
-        batch, _alive = _batch(tokens, self._positions(sequences), sequences)
+        wanted = [not last] * (len(tokens) - 1) + [True]
+        batch, _alive = _batch(tokens, self._positions(sequences), sequences, wanted)
         self.lib.errors.clear()
         status = self.lib.llama_decode(self._context, batch)
         failure, self._failure = self._failure, None
@@ -190,7 +193,7 @@ class Engine:
         if status:
             raise BadInput(f"{self.model.path}: llama.cpp cannot decode: {self.lib.last_error()} ({status})")
         logits = self.lib.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(logits, (len(tokens), self.model.vocab_size)).copy()
+        return np.ctypeslib.as_array(logits, (sum(wanted), self.model.vocab_size)).copy()
 
     def _check(self, tokens: Sequence[int]) -> None:
         if not len(tokens):
@@ -226,8 +229,7 @@ class Engine:
 
     def _node(self, tensor: int, name: str) -> Node:
         struct = ggml.TensorStruct.from_address(tensor)
-        op = self.lib.ggml_op_name(struct.op).decode()
-        return Node(name, op, self._array(tensor, struct), self._weight(struct))
+        return Node(name, self._array(tensor, struct), self._weight(struct))
 
     def _array(self, tensor: int, struct: ggml.TensorStruct) -> np.ndarray:
         """A copy of the tensor's values, read through its strides wherever they are kept."""
@@ -251,9 +253,9 @@ class Engine:
 
 
 def _batch(
-    tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]
+    tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: Sequence[bool]
 ) -> tuple[ggml.Batch, Any]:
-    """The tokens as llama.cpp takes them, logits wanted of each, and what must live as long as the batch."""
+    """The tokens as llama.cpp takes them, `wanted` logits, and what must live as long as the batch."""
     count = len(tokens)
     ints = ctypes.c_int32 * count
     owners = ints(*sequences)
@@ -263,7 +265,7 @@ def _batch(
         "pos": ints(*positions),
         "n_seq_id": ints(*[1] * count),
         "seq_id": (ctypes.POINTER(ctypes.c_int32) * count)(*each),
-        "logits": (ctypes.c_int8 * count)(*[1] * count),
+        "logits": (ctypes.c_int8 * count)(*wanted),
     }
     kinds = dict(ggml.Batch._fields_)
     pointers = {name: ctypes.cast(column, kinds[name]) for name, column in columns.items()}
@@ -286,11 +288,11 @@ _AXES = (
     | dict.fromkeys(("q_conv", "q_conv_predelta", "k_conv", "k_conv_predelta", "v_conv_predelta"), "TNH")
     | dict.fromkeys(("beta", "beta_sigmoid"), "TN1")
 )
-_FLAT = (
+_FLAT = {
     "conv_states",
     "conv_state_update",
     "state_update_target",
-)  # rows of the cache: (C, K - 1) as one axis
+}  # C and K - 1 as one axis, as in the cache
 
 
 def taps(
