@@ -484,7 +484,8 @@ class _Cursor:
 
 def _quote(name: str) -> str:
     """A name out of the file for a one-line message: escaped, and not too long."""
-    return repr(name if len(name) <= 80 else name[:77] + "...")
+    quoted = repr(name[:80])
+    return quoted if len(quoted) <= 80 else f"{quoted[:76]}...'"
 
 
 def _describe(value: Any) -> str:

@@ -153,6 +153,7 @@ def long_string(length: int) -> bytes:
             r"truncated: string 0 of metadata key 'k' ends at byte",
         ),
         ([("a\nb\x1b[2J" * 500, text(b"\x80"))], r"metadata key 'a\\nb\\x1b\[2J"),
+        ([("\0" * 80, text(b"\x80"))], r"metadata key '(\\x00){18}\\x0\.\.\.' is not UTF-8"),
     ],
 )
 def test_metadata(tmp_path, entries, expected):
@@ -463,7 +464,7 @@ def check_survives(folder: Path, content: bytes) -> None:
         assert isinstance(found, (int, float, str, list, np.ndarray))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(mutations=st.lists(MUTATIONS, min_size=1, max_size=4))
 @example(mutations=[("overwrite", 8, HUGE)])
 @example(mutations=[("overwrite", 16, HUGE)])
@@ -471,52 +472,65 @@ def test_mutants_of_a_good_file(tmp_path_factory, mutations):
     check_survives(tmp_path_factory.getbasetemp(), mutate(GOOD, mutations))
 
 
-COUNTS = st.integers(0, 5) | INTERESTING
-NAMES = (
-    st.sampled_from(["a", "b", "general.alignment", "split.count"])
-    | st.text(max_size=5)
-    | st.binary(max_size=5)
+def mostly(truth: st.SearchStrategy, lie: st.SearchStrategy) -> st.SearchStrategy:
+    """One lie in eight: a file of nothing else is refused at its first."""
+    return st.integers(0, 7).flatmap(lambda die: lie if die == 7 else truth)
+
+
+COUNTS = mostly(st.none(), st.integers(0, 5) | INTERESTING)
+KEYS = mostly(
+    st.text(max_size=5), st.sampled_from(["general.alignment", "split.count"]) | st.binary(max_size=5)
 )
-TYPE_IDS = st.integers(0, 45) | st.sampled_from([144, 399, 2**32 - 1])
-
-
-@st.composite
-def hostile_values(draw) -> bytes:
-    kind = draw(st.integers(0, 13) | st.just(2**32 - 1))
-    if kind == GGUFValueType.ARRAY:
-        head = struct.pack("<IIQ", kind, draw(st.integers(0, 13)), draw(COUNTS))
-        return head + draw(st.binary(max_size=60))
-    if kind == STRING and draw(st.booleans()):
-        return text(draw(st.text(max_size=8) | st.binary(max_size=8)))
-    return struct.pack("<I", kind) + draw(st.binary(max_size=16))
-
-
-@st.composite
-def hostile_tensors(draw) -> RawTensor:
-    ne = draw(st.lists(st.sampled_from([1, 2, 32, 64, 128, 256]) | INTERESTING, max_size=5))
-    offset = draw(st.integers(0, 4).map(lambda steps: 32 * steps) | st.integers(0, 200))
-    dims = draw(st.none() | st.integers(0, 6) | st.just(2**32 - 1))
-    return RawTensor(draw(NAMES), ne, draw(TYPE_IDS), offset, draw(st.binary(max_size=64)), dims)
+NAMES = mostly(st.text(max_size=5), st.just("twice") | st.binary(max_size=5))
+SIZES = mostly(st.sampled_from([1, 2, 3, 64, 256]), INTERESTING)
+TYPE_IDS = mostly(
+    st.sampled_from([0, 1, 2, 8, 42]), st.integers(0, 45) | st.sampled_from([144, 399, 2**32 - 1])
+)
+OFFSETS = st.integers(0, 6).map(lambda steps: 32 * steps)
+LYING_VALUES = st.one_of(
+    st.builds(lambda kind, raw: struct.pack("<I", kind) + raw, st.integers(0, 14), st.binary(max_size=16)),
+    st.builds(
+        lambda kind, count, raw: struct.pack("<IIQ", GGUFValueType.ARRAY, kind, count) + raw,
+        st.integers(0, 14),
+        st.integers(0, 5) | INTERESTING,
+        st.binary(max_size=60),
+    ),
+)
+TRUE_VALUES = st.builds(u32, st.integers(0, 2**32 - 1)) | st.builds(text, st.text(max_size=8))
+TENSORS_OF_LIES = st.builds(
+    RawTensor,
+    NAMES,
+    st.lists(SIZES, min_size=1, max_size=3) | st.lists(SIZES, max_size=6),
+    TYPE_IDS,
+    mostly(OFFSETS, st.integers(0, 200) | INTERESTING),
+    st.just(bytes(64)),
+    mostly(st.none(), st.integers(0, 6) | st.just(2**32 - 1)),
+)
 
 
 @st.composite
 def hostile_files(draw) -> bytes:
+    tensors = draw(st.lists(TENSORS_OF_LIES, max_size=4))
+    for tensor in tensors:
+        tensor.data = (
+            b"" if tensor.offset > 4096 else tensor.data
+        )  # the tests do not allocate what they claim
     return pack(
-        draw(st.lists(st.tuples(NAMES, hostile_values()), max_size=3)),
-        draw(st.lists(hostile_tensors(), max_size=4)),
-        version=draw(st.sampled_from([2, 3, 3, 3])),
-        tensor_count=draw(st.none() | COUNTS),
-        value_count=draw(st.none() | COUNTS),
+        draw(st.lists(st.tuples(KEYS, mostly(TRUE_VALUES, LYING_VALUES)), max_size=3)),
+        tensors,
+        version=draw(mostly(st.sampled_from([2, 3]), st.integers(0, 5))),
+        tensor_count=draw(COUNTS),
+        value_count=draw(COUNTS),
     )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, derandomize=True)
 @given(content=hostile_files())
 def test_files_made_of_lies(tmp_path_factory, content):
     check_survives(tmp_path_factory.getbasetemp(), content)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(content=st.binary(max_size=200))
 def test_noise_behind_the_magic(tmp_path_factory, content):
     check_survives(tmp_path_factory.getbasetemp(), b"GGUF\x03\0\0\0" + content)
