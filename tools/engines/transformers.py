@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.gguf import Gguf, Tensor, read
@@ -123,17 +123,24 @@ def _load_checkpoint(path: Path) -> _Loaded:
         _require(
             config.model_type == MODEL_TYPE, path, f"model type {config.model_type!r}, not {MODEL_TYPE!r}"
         )
-        model = _from_pretrained(path, path)
+        return _Loaded(_from_pretrained(path, path), _stored(path))
     except BadInput:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadInput(
             f"{path}: transformers cannot load it: {str(error).strip().splitlines()[0]}"
         ) from error
-    stored = str(config.dtype).removeprefix("torch.").upper()
-    return _Loaded(
-        model, {name: (name, stored) for name, _ in model.named_parameters(remove_duplicate=False)}
-    )
+
+
+def _stored(path: Path) -> dict[str, tuple[str, str]]:
+    """Parameter -> name and type in the checkpoint, where the text model may be part of one for images."""
+    origins = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, a mapping it is not
+                kind = tensors.get_slice(name).get_dtype()
+                origins[name.replace("model.language_model.", "model.")] = (name, kind)
+    return {"lm_head.weight": origins["model.embed_tokens.weight"]} | origins
 
 
 def _from_pretrained(source: Path, checkpoint: Path | None, **parts: Any) -> Any:
@@ -143,6 +150,7 @@ def _from_pretrained(source: Path, checkpoint: Path | None, **parts: Any) -> Any
         checkpoint,
         dtype=torch.float32,
         local_files_only=True,
+        use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         **parts,
