@@ -5,17 +5,29 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from typing import NamedTuple
 
 from scarlet_jax.errors import BadInput
 
-# Command name -> module. A command is a module with a docstring (its help; the first line is the summary),
-# `add_arguments(parser)` and `run(args) -> int | None` (the exit code). Imported only when asked for.
+
+class Command(NamedTuple):
+    """A module with a docstring (its help), `add_arguments(parser)` and `run(args)`, returning an exit code or None.
+
+    It is imported only when asked for.
+    """
+
+    module: str
+    summary: str
+
+
 COMMANDS = {
-    "synth": "scarlet_jax.tools.synth",
-    "taps": "scarlet_jax.tools.taps",
-    "inspect": "scarlet_jax.tools.inspect",
-    "generate": "scarlet_jax.tools.generate",
-    "chat": "scarlet_jax.tools.chat",
+    "generate": Command("scarlet_jax.tools.generate", "continue a prompt"),
+    "chat": Command("scarlet_jax.tools.chat", "talk with a model"),
+    "inspect": Command("scarlet_jax.tools.inspect", "what a file holds, and what it needs"),
+    "taps": Command(
+        "scarlet_jax.tools.taps", "write every activation of a prompt to a dump, by one of three engines"
+    ),
+    "synth": Command("scarlet_jax.tools.synth", "make a random model of a real shape"),
 }
 
 
@@ -24,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
         return _top_level(argv)
-    command = importlib.import_module(COMMANDS[argv[0]])
+    command = importlib.import_module(COMMANDS[argv[0]].module)
     parser = argparse.ArgumentParser(
         prog=f"scarlet {argv[0]}",
         description=command.__doc__,
@@ -45,10 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _top_level(argv: list[str]) -> int:
-    wants_help = argv[:1] in (["-h"], ["--help"])
-    names = ", ".join(COMMANDS)
-    if wants_help or not argv:
-        print(f"usage: scarlet COMMAND [...]\n\ncommands: {names}\n\n`scarlet COMMAND --help` explains one.")
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: scarlet COMMAND [...]\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<12} {command.summary}")
+        print("\n`scarlet COMMAND --help` explains one, with an example.")
         return 0
-    print(f"scarlet: no command {argv[0]!r}; expected one of: {names}", file=sys.stderr)
+    print(f"scarlet: no command {argv[0]!r}; expected one of: {', '.join(COMMANDS)}", file=sys.stderr)
     return 2
