@@ -13,7 +13,7 @@ import itertools
 import json
 import traceback
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jinja2
 from gguf.constants import Keys
@@ -25,10 +25,18 @@ from scarlet_jax.errors import BadInput
 from scarlet_jax.gguf import Gguf
 from scarlet_jax.tokenizer import held_back
 
+if TYPE_CHECKING:
+    from scarlet_jax.model import Model
+
 Message = Mapping[str, Any]  # `role`, `content`, and perhaps `reasoning_content`, `tool_calls` ...
 
 _LOOP_STEPS = 1_000_000  # of all ranges in one rendering
 _LENGTH = 1 << 24  # characters, of the prompt and of anything multiplied
+
+
+def has_template(gguf: Gguf) -> bool:
+    """Whether the file has a chat template."""
+    return Keys.Tokenizer.CHAT_TEMPLATE in gguf.metadata
 
 
 def chat_template(gguf: Gguf, name: str = "default") -> str:
@@ -39,6 +47,14 @@ def chat_template(gguf: Gguf, name: str = "default") -> str:
     if key not in gguf.metadata:
         raise BadInput(f"{gguf.path}: no chat template (metadata key {key!r})")
     return gguf.metadata.string(key)
+
+
+def prompt(model: Model, messages: Sequence[Message], **variables: Any) -> str:
+    """The prompt for a conversation with a model, by the template in its file: see `render`."""
+    tokenizer = model.tokenizer
+    for name, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        variables.setdefault(name, "" if id is None else tokenizer.tokens[id])
+    return render(chat_template(model.gguf), messages, **variables)
 
 
 def render(

@@ -157,10 +157,6 @@ class Tokenizer:
             return b""
         return b"".join(_BYTE_OF.get(char) or char.encode() for char in text)
 
-    def token_text(self, id: int | None) -> str:
-        """A token as the file spells it, or "" for None: what chat templates expect as `bos_token`."""
-        return "" if id is None else self.tokens[id]
-
     @functools.cached_property
     def _bpe(self) -> tokenizers.Tokenizer:
         """Splitting and merging. Built when first needed: that takes half a second for 250,000 tokens."""
