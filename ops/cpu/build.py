@@ -29,7 +29,11 @@ AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # GCC 12 takes the undefined upper halves in its own AVX-512 header for uninitialised variables.
 AVX512_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-ISA_FLAGS = {"isa_generic.cc": [], "isa_avx2.cc": AVX2_FLAGS, "isa_avx512.cc": AVX512_FLAGS}
+ISA_FLAGS = {
+    f"{part}_{isa}.cc": flags
+    for part in ("isa", "mixers")
+    for isa, flags in (("generic", []), ("avx2", AVX2_FLAGS), ("avx512", AVX512_FLAGS))
+}
 SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
 
 
@@ -40,8 +44,8 @@ class BuildError(Exception):
 def source_names() -> list[str]:
     """The files that this machine's library is made of."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = list(ISA_FLAGS) if x86 else ["isa_generic.cc"]
-    return [*isas, "team.cc", "library.cc", "handlers.cc"]
+    isas = [name for name in ISA_FLAGS if x86 or "generic" in name]
+    return [*isas, "team.cc", "library.cc", "handlers.cc", "handlers_mixers.cc"]
 
 
 def compile_library(target: Path, *, sanitize: bool = False) -> None:

@@ -9,16 +9,14 @@
 // block formats; `b` points at one block, unaligned.
 #pragma once
 
+#include "vectors.h"
+
 template <class T>
 static SCARLET_INLINE T read(const uint8_t* p) {
   T value;
   std::memcpy(&value, p, sizeof(value));
   return value;
 }
-
-static constexpr int W = Simd::kWidth;
-using F = Simd::F;
-using I = Simd::I;
 
 static SCARLET_INLINE I low_nibble(I v) { return Simd::and_(v, Simd::set1i(15)); }
 static SCARLET_INLINE I bits_at(I v, int shift, int mask) {
@@ -190,31 +188,38 @@ struct Q2_0 {  // f16 d, two bits for each of 64 elements: d (q - 1)
 
 // --- K-quants: 256 elements, sub-blocks with scales of their own ------------------------------------
 
-// d times each of `count` signed scales, minus `bias`: to floats that the sub-blocks then broadcast.
-static SCARLET_INLINE void scale_all(const int8_t* scales, int bias, float d, float* out) {
-  const F factor = Simd::set1(d);
-  SCARLET_UNROLL for (int i = 0; i < 16; i += W) {
-    I s = Simd::from_i8(reinterpret_cast<const uint8_t*>(scales) + i);
-    Simd::store(out + i, Simd::mul(factor, minus(s, bias)));
+// Sixteen factors in registers, of which each sub-block takes one. (Through memory it would be slower: a
+// wide store is not forwarded to narrow loads.)
+struct Sixteen {
+  F v[16 / W];
+
+  SCARLET_INLINE F operator[](int i) const { return Simd::lane(v[i / W], i % W); }
+  // d times each of sixteen signed scales, less `bias`.
+  static SCARLET_INLINE Sixteen scaled(float d, const uint8_t* scales, int bias) {
+    Sixteen s;
+    SCARLET_UNROLL for (int i = 0; i < 16; i += W) {
+      s.v[i / W] = Simd::mul(Simd::set1(d), minus(Simd::from_i8(scales + i), bias));
+    }
+    return s;
   }
-}
+};
 
 struct Q2_K {  // scale | min << 4 [16], pairs[64], f16 d, f16 dmin: d scale q - dmin min
   template <class Emit>
   static SCARLET_INLINE void decode(const uint8_t* b, Emit emit) {
     const F d = Simd::set1(Simd::f16(b + 80)), dmin = Simd::set1(Simd::f16(b + 82));
-    alignas(64) float scale[16], minimum[16];
+    Sixteen scale, minimum;
     SCARLET_UNROLL for (int i = 0; i < 16; i += W) {
-      I both = Simd::from_u8(b + i);
-      Simd::store(scale + i, Simd::mul(d, Simd::to_float(low_nibble(both))));
-      Simd::store(minimum + i, Simd::mul(dmin, Simd::to_float(Simd::shr(both, 4))));
+      const I both = Simd::from_u8(b + i);
+      scale.v[i / W] = Simd::mul(d, Simd::to_float(low_nibble(both)));
+      minimum.v[i / W] = Simd::mul(dmin, Simd::to_float(Simd::shr(both, 4)));
     }
     SCARLET_UNROLL for (int h = 0; h < 2; h++) {
       SCARLET_UNROLL for (int s = 0; s < 4; s++) {
         SCARLET_UNROLL for (int i = 0; i < 32; i += W) {
           const int sub = 8 * h + 2 * s + i / 16;
           const F q = Simd::to_float(bits_at(Simd::from_u8(b + 16 + 32 * h + i), 2 * s, 3));
-          emit(128 * h + 32 * s + i, Simd::fms(q, Simd::set1(scale[sub]), Simd::set1(minimum[sub])));
+          emit(128 * h + 32 * s + i, Simd::fms(q, scale[sub], minimum[sub]));
         }
       }
     }
@@ -224,30 +229,26 @@ struct Q2_K {  // scale | min << 4 [16], pairs[64], f16 d, f16 dmin: d scale q -
 struct Q3_K {  // third bits[32], pairs[64], scales[12], f16 d: d (scale - 32) (q - 4)
   template <class Emit>
   static SCARLET_INLINE void decode(const uint8_t* b, Emit emit) {
-    alignas(64) float scale[16];
-    unpack_scales(b + 96, Simd::f16(b + 108), scale);
+    const Sixteen scale = unpack_scales(b + 96, Simd::f16(b + 108));
     SCARLET_UNROLL for (int h = 0; h < 2; h++) {
       SCARLET_UNROLL for (int s = 0; s < 4; s++) {
         SCARLET_UNROLL for (int i = 0; i < 32; i += W) {
           const I low = bits_at(Simd::from_u8(b + 32 + 32 * h + i), 2 * s, 3);
           const I high = Simd::shl(bits_at(Simd::from_u8(b + i), 4 * h + s, 1), 2);
-          const F factor = Simd::set1(scale[8 * h + 2 * s + i / 16]);
-          emit(128 * h + 32 * s + i, Simd::mul(factor, minus(Simd::or_(low, high), 4)));
+          emit(128 * h + 32 * s + i, Simd::mul(scale[8 * h + 2 * s + i / 16], minus(Simd::or_(low, high), 4)));
         }
       }
     }
   }
 
   // Sixteen scales of six bits: four low bits in eight bytes (low nibbles first), two high ones in four.
-  static SCARLET_INLINE void unpack_scales(const uint8_t* packed, float d, float* scale) {
+  static SCARLET_INLINE Sixteen unpack_scales(const uint8_t* packed, float d) {
     const uint32_t a = read<uint32_t>(packed), c = read<uint32_t>(packed + 4);
     const uint32_t high = read<uint32_t>(packed + 8);
     const uint32_t nibble = 0x0f0f0f0f, pair = 0x30303030;
     const uint32_t words[4] = {(a & nibble) | ((high << 4) & pair), (c & nibble) | ((high << 2) & pair),
                                ((a >> 4) & nibble) | (high & pair), ((c >> 4) & nibble) | ((high >> 2) & pair)};
-    int8_t bytes[16];
-    std::memcpy(bytes, words, sizeof(bytes));
-    scale_all(bytes, 32, d, scale);
+    return Sixteen::scaled(d, reinterpret_cast<const uint8_t*>(words), 32);
   }
 };
 
@@ -255,20 +256,18 @@ struct Q3_K {  // third bits[32], pairs[64], scales[12], f16 d: d (scale - 32) (
 // The first four of each are the low six bits of their bytes; the last four have their low nibbles in the
 // last four bytes and their two high bits above the first four's.
 struct ScalesAndMins {
-  alignas(64) float by_d[16], by_dmin[16];
+  Sixteen by_d, by_dmin;
 
   SCARLET_INLINE explicit ScalesAndMins(const uint8_t* b) {
     const uint32_t s = read<uint32_t>(b + 4), m = read<uint32_t>(b + 8), low = read<uint32_t>(b + 12);
     const uint32_t six = 0x3f3f3f3f, nibble = 0x0f0f0f0f, pair = 0x30303030;
     const uint32_t words[4] = {s & six, (low & nibble) | ((s >> 2) & pair), m & six,
                                ((low >> 4) & nibble) | ((m >> 2) & pair)};
-    int8_t bytes[16];
-    std::memcpy(bytes, words, sizeof(bytes));
-    scale_all(bytes, 0, Simd::f16(b), by_d);
-    scale_all(bytes, 0, Simd::f16(b + 2), by_dmin);
+    by_d = Sixteen::scaled(Simd::f16(b), reinterpret_cast<const uint8_t*>(words), 0);
+    by_dmin = Sixteen::scaled(Simd::f16(b + 2), reinterpret_cast<const uint8_t*>(words), 0);
   }
-  SCARLET_INLINE F scale(int sub) const { return Simd::set1(by_d[sub]); }
-  SCARLET_INLINE F minimum(int sub) const { return Simd::set1(by_dmin[8 + sub]); }
+  SCARLET_INLINE F scale(int sub) const { return by_d[sub]; }
+  SCARLET_INLINE F minimum(int sub) const { return by_dmin[8 + sub]; }
 };
 
 struct Q4_K {  // scales and mins, nibbles[128]: d scale q - dmin min
@@ -301,15 +300,13 @@ struct Q5_K {  // scales and mins, fifth bits[32], nibbles[128]: d scale q - dmi
 struct Q6_K {  // nibbles[128], pairs[64], i8 scales[16], f16 d: d scale (q - 32)
   template <class Emit>
   static SCARLET_INLINE void decode(const uint8_t* b, Emit emit) {
-    alignas(64) float scale[16];
-    scale_all(reinterpret_cast<const int8_t*>(b + 192), 0, Simd::f16(b + 208), scale);
+    const Sixteen scale = Sixteen::scaled(Simd::f16(b + 208), b + 192, 0);
     SCARLET_UNROLL for (int h = 0; h < 2; h++) {
       SCARLET_UNROLL for (int s = 0; s < 4; s++) {
         SCARLET_UNROLL for (int i = 0; i < 32; i += W) {
           const I low = bits_at(Simd::from_u8(b + 64 * h + 32 * (s & 1) + i), 4 * (s >> 1), 15);
           const I high = Simd::shl(bits_at(Simd::from_u8(b + 128 + 32 * h + i), 2 * s, 3), 4);
-          const F factor = Simd::set1(scale[8 * h + 2 * s + i / 16]);
-          emit(128 * h + 32 * s + i, Simd::mul(factor, minus(Simd::or_(low, high), 32)));
+          emit(128 * h + 32 * s + i, Simd::mul(scale[8 * h + 2 * s + i / 16], minus(Simd::or_(low, high), 32)));
         }
       }
     }

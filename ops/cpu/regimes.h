@@ -256,30 +256,15 @@ static void multiply_many(const Product& p, float* scratch) {
 
 // --- between products -------------------------------------------------------------------------------
 
-// e^v to about one unit in the last place: v = n ln 2 + r, a polynomial for e^r, then the power of two.
-static SCARLET_INLINE F exponential(F v) {
-  v = Simd::min(Simd::max(v, Simd::set1(-87.0f)), Simd::set1(88.0f));
-  const F n = Simd::round(Simd::mul(v, Simd::set1(1.44269504f)));
-  F r = Simd::fma(n, Simd::set1(-0.693359375f), v);  // ln 2 in two parts, the first with zeros behind it
-  r = Simd::fma(n, Simd::set1(2.12194440e-4f), r);
-  F sum = Simd::set1(1.0f / 5040);  // Taylor: |r| <= 0.35, so that the next term is below 1e-8
-  constexpr float kFactorials[] = {720, 120, 24, 6, 2, 1, 1};
-  SCARLET_UNROLL for (int i = 0; i < 7; i++) sum = Simd::fma(sum, r, Simd::set1(1 / kFactorials[i]));
-  return Simd::mul(sum, Simd::exp2_whole(n));
-}
-
 static void silu_gate(float* gate, const float* up, int64_t n) {
-  auto silu = [](F g, F u) SCARLET_LAMBDA {
-    const F one = Simd::set1(1.0f);
-    return Simd::mul(Simd::div(g, Simd::add(one, exponential(Simd::sub(Simd::zero(), g)))), u);
-  };
+  auto gated = [](F g, F u) SCARLET_LAMBDA { return Simd::mul(silu(g), u); };
   int64_t i = 0;
-  for (; i + W <= n; i += W) Simd::store(gate + i, silu(Simd::load(gate + i), Simd::load(up + i)));
+  for (; i + W <= n; i += W) Simd::store(gate + i, gated(Simd::load(gate + i), Simd::load(up + i)));
   if (i == n) return;
   float g[W] = {}, u[W] = {};
   std::memcpy(g, gate + i, (n - i) * sizeof(float));
   std::memcpy(u, up + i, (n - i) * sizeof(float));
-  Simd::store(g, silu(Simd::load(g), Simd::load(u)));
+  Simd::store(g, gated(Simd::load(g), Simd::load(u)));
   std::memcpy(gate + i, g, (n - i) * sizeof(float));
 }
 

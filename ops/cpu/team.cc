@@ -219,9 +219,13 @@ int threads() {
 #if defined(__x86_64__)
 KeepSubnormals::KeepSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
 KeepSubnormals::~KeepSubnormals() { _mm_setcsr(saved_); }
+FlushSubnormals::FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
+FlushSubnormals::~FlushSubnormals() { _mm_setcsr(saved_); }
 #else
 KeepSubnormals::KeepSubnormals() : saved_(0) {}
 KeepSubnormals::~KeepSubnormals() {}
+FlushSubnormals::FlushSubnormals() : saved_(0) {}
+FlushSubnormals::~FlushSubnormals() {}
 #endif
 
 }  // namespace scarlet

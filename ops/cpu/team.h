@@ -33,4 +33,16 @@ class KeepSubnormals {
   unsigned saved_;
 };
 
+// Within its scope, this thread's floating point takes subnormals for zeros, as XLA's does.
+class FlushSubnormals {
+ public:
+  FlushSubnormals();
+  ~FlushSubnormals();
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned saved_;
+};
+
 }  // namespace scarlet
