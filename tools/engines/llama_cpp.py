@@ -134,8 +134,6 @@ class Engine:
         params.n_ctx = params.n_batch = n_ctx * sequences
         params.n_ubatch = min(n_ubatch, params.n_batch)
         params.n_seq_max = sequences
-        if hasattr(params, "n_outputs_max_per_seq"):  # else logits of one token only
-            params.n_outputs_max = params.n_outputs_max_per_seq = params.n_batch
         params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
         params.flash_attn_type = int(flash_attention)
         params.type_k, params.type_v = types
