@@ -11,7 +11,7 @@ from scarlet_jax.errors import BadInput
 
 
 class Command(NamedTuple):
-    """A module with a docstring (its help), `add_arguments(parser)` and `run(args)`, returning an exit code or None.
+    """A module with a docstring (its help), `add_arguments(parser)`, and `run(args)` -> exit code or None.
 
     It is imported only when asked for.
     """
@@ -25,7 +25,7 @@ COMMANDS = {
     "chat": Command("scarlet_jax.tools.chat", "talk with a model"),
     "inspect": Command("scarlet_jax.tools.inspect", "what a file holds, and what it needs"),
     "taps": Command(
-        "scarlet_jax.tools.taps", "write every activation of a prompt to a dump, by one of three engines"
+        "scarlet_jax.tools.taps", "write all activations of a prompt to a dump, by one of three engines"
     ),
     "synth": Command("scarlet_jax.tools.synth", "make a random model of a real shape"),
 }
