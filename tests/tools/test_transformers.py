@@ -12,9 +12,10 @@ import pytest
 from support import relative_l2
 from support_shapes import FOURTH_POSITION, SHAPES
 
+from scarlet_jax import gguf
 from scarlet_jax.errors import BadInput
 from scarlet_jax.tools import synth
-from scarlet_jax.tools.engines import llama_cpp
+from scarlet_jax.tools.engines import llama_cpp, transformers_model
 from scarlet_jax.tools.engines import transformers as engine
 
 torch = pytest.importorskip("torch")
@@ -42,7 +43,7 @@ def path(tmp_path_factory):
 def checkpoint(path, tmp_path_factory):
     """A directory that transformers itself wrote, of the weights of conv-5.gguf."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    engine._load(path("conv-5")).model.save_pretrained(folder)
+    transformers_model.load(path("conv-5")).model.save_pretrained(folder)
     return folder
 
 
@@ -114,25 +115,25 @@ def test_weights_of_any_type(quant, tmp_path):
 
 def _wrongly_ordered(undo):
     def wrong(x, order):
-        return undo(x, engine._Order(*(np.arange(len(indices)) for indices in order)))
+        return undo(x, transformers_model.Order(*(np.arange(len(indices)) for indices in order)))
 
     return wrong
 
 
 CONVERTED = [
     (kind, parameter)
-    for kind, weights in engine._MIXER_WEIGHTS.items()
+    for kind, weights in transformers_model._MIXER_WEIGHTS.items()
     for parameter, (_, undo) in weights.items()
-    if undo is not engine._same
+    if undo is not transformers_model._same
 ]
 
 
 @pytest.mark.parametrize(("kind", "parameter"), CONVERTED)
 def test_each_change_of_the_converter_matters(kind, parameter, path, monkeypatch):
     """A norm's offset or a tensor's head order left as the converter made it."""
-    name, undo = engine._MIXER_WEIGHTS[kind][parameter]
-    wrong = engine._same if undo is engine._less_one else _wrongly_ordered(undo)
-    monkeypatch.setitem(engine._MIXER_WEIGHTS[kind], parameter, (name, wrong))
+    name, undo = transformers_model._MIXER_WEIGHTS[kind][parameter]
+    wrong = transformers_model._same if undo is transformers_model._less_one else _wrongly_ordered(undo)
+    monkeypatch.setitem(transformers_model._MIXER_WEIGHTS[kind], parameter, (name, wrong))
     logits, _ = oracle.forward(path("conv-4"), TOKENS)
     assert relative_l2(engine.logits(path("conv-4"), TOKENS), logits) > 100 * TOLERANCE
 
@@ -247,11 +248,50 @@ def test_a_checkpoint_of_another_model(tmp_path):
         engine.taps(tmp_path, [1])
 
 
-def test_a_gguf_without_a_tensor(path, monkeypatch):
-    whole = engine.read(path("conv-4"))
-    without = {name: tensor for name, tensor in whole.tensors.items() if name != "blk.3.attn_k.weight"}
-    monkeypatch.setattr(engine, "read", lambda _: dataclasses.replace(whole, tensors=without))
-    with pytest.raises(BadInput, match=r"conv-4 F32\.gguf: tensor blk\.3\.attn_k\.weight is missing"):
+@pytest.mark.parametrize(
+    ("name", "replacement", "message"),
+    [
+        ("blk.3.attn_k.weight", None, r"tensor blk\.3\.attn_k\.weight is missing"),
+        (
+            "blk.1.ffn_up.weight",
+            "blk.1.ffn_down.weight",
+            r"blk\.1\.ffn_up\.weight is \(80, 112\), expected \(112, 80\)",
+        ),
+        ("blk.0.ssm_a", "blk.0.ssm_norm.weight", r"tensor blk\.0\.ssm_a is \(32,\), expected \(6,\)"),
+    ],
+)
+def test_a_gguf_with_a_wrong_tensor(name, replacement, message, path, monkeypatch):
+    whole = gguf.read(path("conv-4"))
+    tensors = dict(whole.tensors)
+    wrong = tensors.pop(name)
+    if replacement:
+        tensors[name] = dataclasses.replace(tensors[replacement], name=wrong.name)
+    monkeypatch.setattr(transformers_model, "read", lambda _: dataclasses.replace(whole, tensors=tensors))
+    with pytest.raises(BadInput, match=rf"conv-4 F32\.gguf: .*{message}"):
+        engine.taps(path("conv-4"), [1])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("general.architecture", "llama", "architecture 'llama', expected 'qwen35'"),
+        ("qwen35.block_count", 2**31, "block_count 2147483648, more than there are tensors"),
+        ("qwen35.embedding_length", 2**31, r"tensor token_embd\.weight is \(300, 80\), expected"),
+        ("qwen35.attention.head_count", 2**31, "expected"),
+        ("qwen35.attention.head_count_kv", 0, "transformers cannot load it"),
+        ("qwen35.ssm.group_count", 4, "transformers cannot load it"),
+        ("qwen35.ssm.time_step_rank", 0, "transformers cannot load it"),
+        ("qwen35.rope.dimension_sections", np.zeros(4, np.int32), "transformers cannot load it"),
+        ("qwen35.rope.scaling.factor", 4.0, "rope scaling 'linear' by 4.0, expected none"),
+        ("qwen35.feed_forward_length", np.array([112, 112, 112, 96]), "feed_forward_length differs"),
+    ],
+)
+def test_a_gguf_that_says_what_cannot_be(key, value, message, path, monkeypatch):
+    """Nothing of a claimed size is allocated either: this takes no longer than the rest."""
+    whole = gguf.read(path("conv-4"))
+    claims = gguf.Metadata(dict(whole.metadata) | {key: value}, whole.path)
+    monkeypatch.setattr(transformers_model, "read", lambda _: dataclasses.replace(whole, metadata=claims))
+    with pytest.raises(BadInput, match=rf"conv-4 F32\.gguf: .*{message}"):
         engine.taps(path("conv-4"), [1])
 
 
