@@ -5,47 +5,27 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-import types
 
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from support_fading import DECAY, Fading, weights
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.generate import StateCache, Stats, generate, stream_text
 
-V, WIDTH = 23, 5
-EMBEDDING = np.random.default_rng(0).normal(size=(V, WIDTH)).astype(np.float32)
-HEAD = np.random.default_rng(1).normal(size=(V, WIDTH)).astype(np.float32)
-DECAY = np.float32(0.7)
+V = 23
+EMBEDDING, HEAD = weights(V)
 PROMPT = [3, 1, 4, 1, 5]
 
 
-class Fading:
-    """A model that remembers a fading sum of embeddings. It notes its work, and spoils states given to it."""
-
-    def __init__(self, context_length=100, stop=(), embedding=EMBEDDING):
-        self.embedding = embedding
-        self.context_length = context_length
-        self.config = types.SimpleNamespace(vocabulary_size=V)
-        self.tokenizer = types.SimpleNamespace(eos_ids=frozenset(stop))
-        self.calls = []
-        self.before_call = lambda: None
-
-    def last_logits(self, tokens, state=None, *, consume=False):
-        self.before_call()
-        self.calls.append(list(tokens))
-        memory = jnp.zeros(WIDTH) if state is None else state + 0
-        for token in tokens:
-            memory = DECAY * memory + self.embedding[token]
-        if consume:
-            state.delete()
-        return HEAD @ memory, memory
+def fading(**options):
+    return Fading(EMBEDDING, HEAD, **options)
 
 
 def logits_after(tokens):
-    memory = np.zeros(WIDTH, np.float32)
+    memory = np.zeros(EMBEDDING.shape[1], np.float32)
     for token in tokens:
         memory = DECAY * memory + EMBEDDING[token]
     return HEAD @ memory
@@ -68,12 +48,12 @@ def take(iterator, count):
 
 
 def test_temperature_zero_takes_the_most_likely_token_each_time():
-    assert list(generate(Fading(), PROMPT, max_tokens=12)) == greedy(PROMPT, 12)
+    assert list(generate(fading(), PROMPT, max_tokens=12)) == greedy(PROMPT, 12)
 
 
 def test_a_prompt_may_be_any_array_of_ids():
     for prompt in (np.array(PROMPT), jnp.array(PROMPT), tuple(PROMPT)):
-        assert list(generate(Fading(), prompt, max_tokens=3)) == greedy(PROMPT, 3)
+        assert list(generate(fading(), prompt, max_tokens=3)) == greedy(PROMPT, 3)
 
 
 def test_a_real_model_continues_as_its_logits_say():
@@ -86,7 +66,7 @@ def test_a_real_model_continues_as_its_logits_say():
 
 def test_a_seed_fixes_the_tokens_and_another_changes_them():
     def tokens(seed):
-        return list(generate(Fading(), PROMPT, max_tokens=20, temperature=1.5, seed=seed))
+        return list(generate(fading(), PROMPT, max_tokens=20, temperature=1.5, seed=seed))
 
     assert tokens(1) == tokens(1)
     assert len({tuple(tokens(seed)) for seed in range(8)}) == 8
@@ -95,15 +75,15 @@ def test_a_seed_fixes_the_tokens_and_another_changes_them():
 
 def test_without_a_seed_one_is_drawn_and_reported():
     first, again = Stats(), Stats()
-    tokens = list(generate(Fading(), PROMPT, max_tokens=20, temperature=1.5, stats=first))
-    assert tokens != list(generate(Fading(), PROMPT, max_tokens=20, temperature=1.5, stats=again))
+    tokens = list(generate(fading(), PROMPT, max_tokens=20, temperature=1.5, stats=first))
+    assert tokens != list(generate(fading(), PROMPT, max_tokens=20, temperature=1.5, stats=again))
     assert first.seed != again.seed
-    assert tokens == list(generate(Fading(), PROMPT, max_tokens=20, temperature=1.5, seed=first.seed))
+    assert tokens == list(generate(fading(), PROMPT, max_tokens=20, temperature=1.5, seed=first.seed))
 
 
 def test_sampling_goes_by_the_filters():
     allowed = set(np.argsort(-logits_after(PROMPT))[:3].tolist())
-    firsts = {next(generate(Fading(), PROMPT, temperature=9.0, top_k=3, seed=seed)) for seed in range(40)}
+    firsts = {next(generate(fading(), PROMPT, temperature=9.0, top_k=3, seed=seed)) for seed in range(40)}
     assert firsts == allowed
 
 
@@ -111,7 +91,7 @@ def test_a_stop_token_ends_it_and_is_not_part_of_it():
     expected = greedy(PROMPT, 8)
     stop = expected[5]
     before = expected[: expected.index(stop)]
-    for model, stops in ((Fading(stop=[stop]), None), (Fading(stop=[0]), [stop])):
+    for model, stops in ((fading(stop=[stop]), None), (fading(stop=[0]), [stop])):
         stats = Stats()
         assert list(generate(model, PROMPT, stop=stops, stats=stats)) == before
         assert (stats.finish, stats.tokens) == ("stop", len(before))
@@ -119,11 +99,11 @@ def test_a_stop_token_ends_it_and_is_not_part_of_it():
 
 def test_it_ends_after_max_tokens_or_with_the_context():
     stats = Stats()
-    assert len(list(generate(Fading(), PROMPT, max_tokens=4, stats=stats))) == 4
+    assert len(list(generate(fading(), PROMPT, max_tokens=4, stats=stats))) == 4
     assert stats.finish == "length"
-    assert len(list(generate(Fading(context_length=12), PROMPT, max_tokens=40, stats=stats))) == 7
+    assert len(list(generate(fading(context_length=12), PROMPT, max_tokens=40, stats=stats))) == 7
     assert stats.finish == "context"
-    model = Fading(context_length=12)
+    model = fading(context_length=12)
     assert list(generate(model, PROMPT, max_tokens=0)) == []
     assert model.calls == []
 
@@ -131,7 +111,7 @@ def test_it_ends_after_max_tokens_or_with_the_context():
 def test_stats_count_what_went_through_the_model():
     stats = Stats()
     assert (stats.prefill_tps, stats.decode_tps) == (None, None)
-    model = Fading()
+    model = fading()
     list(generate(model, PROMPT, max_tokens=6, stats=stats))
     assert [len(call) for call in model.calls] == [5, 1, 1, 1, 1, 1]
     assert (stats.prompt_tokens, stats.reused_tokens, stats.tokens, stats.decode_steps) == (5, 0, 6, 4)
@@ -155,7 +135,7 @@ def test_stats_count_what_went_through_the_model():
 )
 def test_bad_requests_are_refused_at_once(options, message):
     with pytest.raises(BadInput, match=message):
-        generate(Fading(), **{"tokens": PROMPT, **options})
+        generate(fading(), **{"tokens": PROMPT, **options})
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -165,7 +145,7 @@ def test_logits_that_are_not_numbers_end_it_with_a_reason(temperature, spoilt):
     embedding = EMBEDDING.copy()
     embedding[[PROMPT[-1], *answer][spoilt]] = np.nan
     seen = len(PROMPT) + spoilt
-    ids = generate(Fading(embedding=embedding), PROMPT, temperature=temperature, top_k=1)
+    ids = generate(Fading(embedding, HEAD), PROMPT, temperature=temperature, top_k=1)
     with pytest.raises(BadInput, match=f"the logits after token {seen} are not finite numbers"):
         list(ids)
 
@@ -174,7 +154,7 @@ def test_logits_that_are_not_numbers_end_it_with_a_reason(temperature, spoilt):
 
 
 def test_a_longer_prompt_goes_on_from_the_answer_before():
-    model, cache, stats = Fading(), StateCache(), Stats()
+    model, cache, stats = fading(), StateCache(), Stats()
     answer = list(generate(model, PROMPT, max_tokens=4, cache=cache))
     longer = [*PROMPT, *answer, 9, 2]
     model.calls.clear()
@@ -185,7 +165,7 @@ def test_a_longer_prompt_goes_on_from_the_answer_before():
 
 
 def test_a_rewritten_answer_goes_on_from_the_steady_part():
-    model, cache = Fading(), StateCache()
+    model, cache = fading(), StateCache()
     list(generate(model, PROMPT, max_tokens=4, cache=cache, steady=3))
     rewritten = [*PROMPT[:3], 8, 8, 8]
     model.calls.clear()
@@ -194,7 +174,7 @@ def test_a_rewritten_answer_goes_on_from_the_steady_part():
 
 
 def test_another_prompt_begins_anew():
-    model, cache = Fading(), StateCache()
+    model, cache = fading(), StateCache()
     list(generate(model, PROMPT, max_tokens=4, cache=cache, steady=3))
     for other in ([7, *PROMPT], PROMPT[:2], PROMPT[:3]):  # of the last, all is known, but not its logits
         model.calls.clear()
@@ -203,13 +183,13 @@ def test_another_prompt_begins_anew():
 
 
 def test_the_same_prompt_again_gives_the_same_answer():
-    model, cache = Fading(), StateCache()
+    model, cache = fading(), StateCache()
     for _ in range(3):
         assert list(generate(model, PROMPT, max_tokens=4, cache=cache, steady=4)) == greedy(PROMPT, 4)
 
 
 def test_a_caller_may_leave_and_the_state_is_kept():
-    model, cache = Fading(), StateCache()
+    model, cache = fading(), StateCache()
     answer = take(generate(model, PROMPT, cache=cache), 3)
     model.calls.clear()
     longer = [*PROMPT, *answer, 6]
@@ -219,7 +199,7 @@ def test_a_caller_may_leave_and_the_state_is_kept():
 
 @pytest.mark.parametrize("call", [1, 2, 4])
 def test_an_interrupted_step_leaves_no_spoilt_state(call):
-    model, cache = Fading(), StateCache()
+    model, cache = fading(), StateCache()
 
     def interrupt():
         if len(model.calls) == call:
@@ -235,7 +215,7 @@ def test_an_interrupted_step_leaves_no_spoilt_state(call):
 
 def test_random_conversations_read_as_without_a_cache():
     rng = random.Random(4)
-    model, cache, tokens = Fading(), StateCache(), [1]
+    model, cache, tokens = fading(), StateCache(), [1]
     for _ in range(40):
         tokens = [*tokens[: rng.randint(1, len(tokens))], *rng.choices(range(V), k=rng.randint(1, 4))][:60]
         steady = rng.randint(0, len(tokens) + 2)

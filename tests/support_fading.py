@@ -1,0 +1,41 @@
+"""A model small enough to follow by hand, with the interface that generation needs."""
+
+from __future__ import annotations
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+
+DECAY = np.float32(0.7)
+WIDTH = 5
+
+
+def weights(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embedding and head, f32 (V, WIDTH) each."""
+    return tuple(
+        np.random.default_rng(seed).normal(size=(vocabulary, WIDTH)).astype(np.float32) for seed in (0, 1)
+    )
+
+
+class Fading:
+    """It remembers a fading sum of embeddings; notes its work in `calls`; and spoils states given to it."""
+
+    def __init__(self, embedding, head, context_length=100, stop=(), tokenizer=None, gguf=None):
+        self.embedding, self.head = embedding, head
+        self.context_length = context_length
+        self.config = types.SimpleNamespace(vocabulary_size=len(embedding), name="fading")
+        self.tokenizer = tokenizer or types.SimpleNamespace(eos_ids=frozenset(stop))
+        self.gguf = gguf
+        self.calls = []
+        self.before_call = lambda: None
+
+    def last_logits(self, tokens, state=None, *, consume=False):
+        self.before_call()
+        self.calls.append(list(tokens))
+        memory = jnp.zeros(WIDTH) if state is None else state + 0
+        for token in tokens:
+            memory = DECAY * memory + self.embedding[token]
+        if consume:
+            state.delete()
+        return self.head @ memory, memory
