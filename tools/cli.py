@@ -27,6 +27,7 @@ COMMANDS = {
     "taps": Command(
         "scarlet_jax.tools.taps", "write all activations of a prompt to a dump, by one of three engines"
     ),
+    "bench": Command("scarlet_jax.tools.bench", "how fast a model runs, beside llama.cpp on the same file"),
     "synth": Command("scarlet_jax.tools.synth", "make a random model of a real shape"),
 }
 

@@ -1,0 +1,240 @@
+"""Measures how fast a model runs: prefill, decode, start-up, memory; beside another engine on the same file.
+
+With --against llama.cpp the two engines take turns within this run, so that a machine whose speed drifts is
+unfair to neither; figures are medians. llama.cpp runs as it does by default (flash attention, F16 cache),
+with as many threads. A prebuilt wheel of it is a quarter slower than a native build: give --lib one.
+
+example: scarlet bench model.gguf -p 512 -n 64 --against llama.cpp --lib libllama.so --json bench.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from scarlet_jax.errors import BadInput
+from scarlet_jax.model import Model
+from scarlet_jax.ops import cpu
+from scarlet_jax.tools import common
+
+PROBE_BYTES = 512 * 2**20  # read to measure the memory: many times a last-level cache
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's flags."""
+    common.add_model_arguments(parser)
+    add = parser.add_argument
+    add("-p", "--prompt-tokens", metavar="P", type=int, default=512, help="tokens of prompt (512)")
+    add("-n", "--new-tokens", metavar="N", type=int, default=64, help="tokens to decode after it (64)")
+    add("--against", choices=("llama.cpp",), help="another engine, in alternation with ours")
+    add("--lib", metavar="PATH", help="the libllama to compare with (that of the xllamacpp package)")
+    add("--repeat", metavar="R", type=int, default=5, help="repetitions, after one that does not count (5)")
+    common.add_json_argument(parser)
+
+
+class Engine(Protocol):
+    """What is timed: a prompt of P tokens, then tokens one by one, each chosen greedily from the logits."""
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """Start over with these tokens -> the next one."""
+        ...
+
+    def decode(self, token: int) -> int:
+        """Go on with one token -> the next one."""
+        ...
+
+
+class Ours:
+    """Our engine as `generate` runs it: state in place, the choice on the device."""
+
+    def __init__(self, model: Model, slots: int) -> None:
+        self._model, self._slots = model, slots
+        self._best = jax.jit(jnp.argmax)
+        self._state: Any = None
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """Start over, with a cache for all that will come."""
+        logits, self._state = self._model.last_logits(
+            tokens, self._model.init_state(1, self._slots), consume=True
+        )
+        return int(self._best(logits))
+
+    def decode(self, token: int) -> int:
+        """Go on."""
+        logits, self._state = self._model.last_logits([token], self._state, consume=True)
+        return int(self._best(logits))
+
+
+class LlamaCpp:
+    """llama.cpp with its own defaults."""
+
+    def __init__(self, path: Any, slots: int, lib: str | None) -> None:
+        from scarlet_jax.tools.engines import llama_cpp
+
+        self._engine = llama_cpp.Engine(
+            path, n_ctx=-(-slots // 256) * 256, flash_attention=True, type_k="F16", type_v="F16", lib=lib
+        )
+        self.name = f"llama.cpp ({lib or 'xllamacpp'})"
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """Start over."""
+        self._engine.clear()
+        return int(self._engine.decode(tokens, last=True)[0].argmax())
+
+    def decode(self, token: int) -> int:
+        """Go on."""
+        return int(self._engine.decode([token], last=True)[0].argmax())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    for flag, value in (("-p", args.prompt_tokens), ("-n", args.new_tokens), ("--repeat", args.repeat)):
+        if value < 1:
+            raise BadInput(f"{flag} {value}: expected 1 or more")
+    result = measure(args)
+    if args.json:
+        common.write_json(args.json, result)
+    if args.json != "-":
+        Console().print(_table(result))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of contract: ours at the top, the other engine's under `reference`."""
+    slots = args.prompt_tokens + args.new_tokens
+    began = time.perf_counter()
+    model = common.load_model(args)
+    ours: dict[str, Any] = {"load_s": time.perf_counter() - began}
+    if slots > model.context_length:
+        raise BadInput(
+            f"-p and -n: {slots} tokens in all, expected at most the context, {model.context_length}"
+        )
+    engines: list[Engine] = [Ours(model, slots)]
+    reference: dict[str, Any] = {}
+    if args.against:
+        began = time.perf_counter()
+        other = LlamaCpp(model.gguf.path, slots, args.lib)
+        reference = {"engine": other.name, "load_s": time.perf_counter() - began}
+        engines.append(other)
+
+    prompt = np.random.default_rng(0).integers(0, model.config.vocabulary_size, args.prompt_tokens).tolist()
+    probe = np.ones(PROBE_BYTES, np.uint8)
+    jobs = [*(lambda engine=engine: _times(engine, prompt, args.new_tokens) for engine in engines)]
+    times, bandwidth = _alternate(jobs, lambda: _read_bandwidth(probe), args.repeat)
+
+    weight_bytes = weight_bytes_per_token(model)
+    for figures, engine_times in zip((ours, reference), times, strict=False):
+        prefill_s, decode_s = (statistics.median(column) for column in zip(*engine_times, strict=True))
+        figures["prefill_tps"] = args.prompt_tokens / prefill_s
+        figures["decode_tps"] = 1 / decode_s
+        figures["roofline_fraction"] = weight_bytes / decode_s / bandwidth
+    ours |= _fresh_process(model.gguf.path)
+    return {
+        "model": str(model.gguf.path.name),
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "repeat": args.repeat,
+        "path": "portable" if cpu.unavailable() else f"cpu kernels, {cpu.isa()}, {cpu.threads()} threads",
+        "weight_bytes_per_token": weight_bytes,
+        "read_bandwidth": bandwidth,
+        **ours,
+        "reference": reference or None,
+    }
+
+
+def _times(engine: Engine, prompt: list[int], count: int) -> tuple[float, float]:
+    """Seconds of the prompt, and of the median token after it."""
+    began = time.perf_counter()
+    token = engine.prefill(prompt)
+    prefill_s = time.perf_counter() - began
+    steps = []
+    for _ in range(count):
+        began = time.perf_counter()
+        token = engine.decode(token)
+        steps.append(time.perf_counter() - began)
+    return prefill_s, statistics.median(steps)
+
+
+def _alternate(
+    jobs: list[Callable[[], tuple[float, float]]], probe: Callable[[], float], repeat: int
+) -> tuple[list[list[tuple[float, float]]], float]:
+    """The times of each job over `repeat` turns after a warm-up; the median of the probe between turns."""
+    times: list[list[tuple[float, float]]] = [[] for _ in jobs]
+    bandwidths = []
+    hidden = not sys.stderr.isatty()
+    for turn in track(
+        range(repeat + 1), "measuring", console=Console(stderr=True), transient=True, disable=hidden
+    ):
+        for job, taken in zip(jobs, times, strict=True):
+            seconds = job()
+            if turn:
+                taken.append(seconds)
+        bandwidths.append(probe())
+    return times, statistics.median(bandwidths)
+
+
+def _read_bandwidth(probe: np.ndarray) -> float:
+    """Bytes a second at which all threads together read memory once."""
+    began = time.perf_counter()
+    cpu.read_memory(probe)
+    return probe.nbytes / (time.perf_counter() - began)
+
+
+def weight_bytes_per_token(model: Model) -> int:
+    """Bytes of weights that a decoding step has to read: all but the embedding, of which it needs one row."""
+    weights = model.weights
+    return sum(leaf.nbytes for leaf in jax.tree.leaves((weights.blocks, weights.output_norm, weights.output)))
+
+
+def _fresh_process(path: Any) -> dict[str, Any]:
+    """Start-up as a user meets it: a new process, up to its first token, and the most memory it held."""
+    command = [sys.executable, "-m", "scarlet_jax", "generate", str(path)]
+    began = time.perf_counter()
+    subprocess.run(
+        [*command, "--tokens", "0", "-n", "1", "--json", "-"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=os.environ,
+    )
+    return {
+        "first_token_s": time.perf_counter() - began,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }
+
+
+def _table(result: dict[str, Any]) -> Table:
+    reference = result["reference"] or {}
+    table = Table(title=f"{result['model']} · {result['path']}", title_justify="left")
+    table.add_column("")
+    table.add_column("scarlet_jax", justify="right")
+    if reference:
+        table.add_column(reference["engine"], justify="right")
+        table.add_column("ratio", justify="right")
+    rows = [
+        ("prefill_tps", f"prefill of {result['prompt_tokens']}, tokens/s", "{:.1f}"),
+        ("decode_tps", "decode, tokens/s", "{:.2f}"),
+        ("roofline_fraction", f"of {result['read_bandwidth'] / 1e9:.1f} GB/s read bandwidth", "{:.0%}"),
+        ("load_s", "load, s", "{:.2f}"),
+        ("first_token_s", "process start to first token, s", "{:.2f}"),
+        ("peak_rss_bytes", "peak memory, bytes", "{:,}"),
+    ]
+    for key, label, style in rows:
+        cells = [style.format(result[key])]
+        if reference:
+            cells.append(style.format(reference[key]) if key in reference else "")
+            cells.append(f"{result[key] / reference[key]:.2f}" if key.endswith("tps") else "")
+        table.add_row(label, *cells)
+    return table
