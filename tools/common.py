@@ -219,7 +219,7 @@ def bytes_text(count: float) -> str:
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     power = 0
-    while value >= base * 0.9995 and power < len(units) - 1:
+    while value >= base - 0.5 and power < len(units) - 1:  # what would round to the next unit
         value, power = value / base, power + 1
-    digits = 0 if power == 0 or value >= 100 else 1 if value >= 10 else 2
+    digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {units[power]}".strip()

@@ -166,7 +166,7 @@ def _attempt(function: Callable[[], Any], problems: list[str]) -> Any:
 
 def _file_type(file: gguf.Gguf) -> str:
     """The mix that the file says it is, such as "Q4_K_M"."""
-    number = file.metadata.integer(Keys.General.FILE_TYPE, LlamaFileType.GUESSED)
+    number = file.metadata.integer(Keys.General.FILE_TYPE, LlamaFileType.GUESSED.value)
     known = {kind.value: kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType}
     return "" if number == LlamaFileType.GUESSED else known.get(number, f"file type {number}")
 
