@@ -33,7 +33,7 @@ class Match:
 class Alignment:
     """All matches in the reference's execution order, and the names without one."""
 
-    matches: Mapping[str, Match]
+    matches: dict[str, Match]
     only_ours: list[str]
     only_reference: list[str]
 

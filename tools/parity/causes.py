@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from scarlet_jax.tools.parity import bits, graph, structure
+from scarlet_jax.tools.parity import bits, graph, structure, swaps
 from scarlet_jax.tools.parity.local import Pair
 from scarlet_jax.tools.parity.verdict import Tap
 from scarlet_jax.tools.parity.view import LayerView
@@ -71,8 +71,10 @@ def name(pair: Pair, taps: Sequence[Tap], first: Tap, weights: Any = None) -> di
     if first.metrics.not_finite[0]:
         return _not_finite(case).as_cause()
     found = [*_variants(case), *structure.hypotheses(case, pair, Hypothesis)]
-    if weights is not None and first.qtype and case.op is not None and case.op.weight:
-        found += bits.hypotheses(case, weights, Hypothesis)
+    found += [*swaps.other_taps(case, pair, Hypothesis), *swaps.other_inputs(case, Hypothesis)]
+    if weights is not None and case.op is not None and case.op.weight:
+        found += swaps.other_weights(case, weights, Hypothesis)
+        found += bits.hypotheses(case, weights, Hypothesis) if first.qtype else []
     good = [h for h in found if h.explained >= ENOUGH]
     if not good:
         return None

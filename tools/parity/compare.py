@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,9 @@ class Comparison:
     def __init__(self, ours: Dump, reference: Dump, weights: Any = None):
         self.ours, self.reference, self.weights = ours, reference, weights
         self.alignment = align.align(ours, reference)
+        self.rows_cut = _rows_cut(self.alignment, reference)
+        if self.rows_cut:
+            self._drop_states()
         if not self.alignment.matches:
             raise BadInput(
                 f"the dumps share no tap: {_few(ours)} against {_few(reference)}; expected common names or a --map"
@@ -111,6 +115,8 @@ class Comparison:
     def _pair(self) -> local.Pair:
         metadata = getattr(self.weights, "metadata", None)
         known = facts.gather([self.reference, self.ours], metadata)
+        if self.rows_cut:
+            known = dataclasses.replace(known, cut=True, first_position=max(0, self.rows_cut))
         layers = sorted({layer for n in self.alignment.matches if (layer := split(n)[1]) is not None})
         kinds = {layer: self._kind(layer) for layer in layers}
         before = residual_stream(layers)
@@ -122,6 +128,13 @@ class Comparison:
             arithmetic=(local.Arithmetic(), local.Arithmetic()),
             resolution=(self.ours.resolution, self.reference.resolution),
         )
+
+    def _drop_states(self) -> None:
+        """States belong to the rows of their run: two runs that cover other rows start from other ones."""
+        for name in [n for n in self.alignment.matches if split(n)[0] in _STATES]:
+            del self.alignment.matches[name]
+            self.alignment.only_ours.append(name)
+            self.alignment.only_reference.append(name)
 
     def _kind(self, layer: int) -> str:
         recurrent = (
@@ -208,6 +221,21 @@ class Comparison:
             "unmatched": {"ours": self.alignment.only_ours, "reference": self.alignment.only_reference},
             "notes": self.notes + [f"{t.name}: {t.note}" for t in self.taps if t.note],
         }
+
+
+# What a run starts from; where it ends up, both runs share.
+_STATES = ("state_predelta", "conv_states", "conv_states_reshaped", "conv_input")
+
+
+def _rows_cut(alignment: align.Alignment, reference: Dump) -> int:
+    """How many leading rows of the run the comparison leaves out (-1 for trailing ones); 0 where it has them all."""
+    for name, match in alignment.matches.items():
+        if match.how.startswith(("last", "first")) and match.how.endswith("rows") and "-" in name:
+            if match.how.startswith("first"):
+                return -1
+            total = len(reference.tokens)
+            return max(1, total - int(match.how.split()[1]))
+    return 0
 
 
 def split(name: str) -> tuple[str, int | None]:

@@ -19,8 +19,7 @@ class Facts:
         tokens: the token ids of the run.
         eps: of every RMS norm and of the delta net's L2 norm.
         head_dim: H of full attention.
-        rotary: dims of a head that are rotated; `rotary_fraction` of the head where 0.
-        rotary_fraction: see `rotary`.
+        rotary_dims: dims of a head that are rotated; 0 for all.
         rope_base: 0 where unknown: then the angles are read off the reference.
         sections: pairs turned by time, height, width, extra (fact sheet section 4); empty for all by time.
         adjacent: pairs of neighbouring dims instead of halves.
@@ -34,14 +33,13 @@ class Facts:
         query_scaled: queries of the delta rule were tapped after their scale.
         l2_floor: the L2 norm is x / max(|x|, eps).
         experts_used: k of the router.
-        kinds: "ssm" or "attention" for each layer, as far as known.
+        cut: the compared rows are not all rows of the run: nothing that looks back can be re-run.
     """
 
     tokens: tuple[int, ...] = ()
     eps: float = 1e-6
     head_dim: int = 0
     rotary_dims: int = 0
-    rotary_fraction: int = 1
     rope_base: float = 0.0
     sections: tuple[int, ...] = ()
     adjacent: bool = False
@@ -55,11 +53,12 @@ class Facts:
     query_scaled: bool = False
     l2_floor: bool = False
     experts_used: int = 0
+    cut: bool = False
 
     @property
     def rotary(self) -> int:
         """Dims of a head that are rotated."""
-        return self.rotary_dims or self.head_dim // self.rotary_fraction
+        return self.rotary_dims or self.head_dim
 
     def rope_turns(self, pair: int) -> float:
         """1 where a text position turns rotary pair `pair`, 0 where the (zero) extra component does (IMROPE)."""
@@ -130,7 +129,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     known = {fact: value for fact, value in found.items() if value is not None}
     if "sections" in known:
         known["sections"] = tuple(int(n) for n in np.ravel(known["sections"]))
-    if "ssm.inner_size" and known.get("value_heads") and f"{arch}.ssm.inner_size" in metadata:
+    if known.get("value_heads") and f"{arch}.ssm.inner_size" in metadata:
         known["value_dim"] = int(metadata[f"{arch}.ssm.inner_size"]) // int(known["value_heads"])
     if arch == "qwen3next":
         known |= {"head_mapping": "repeat", "sections": ()}

@@ -91,7 +91,9 @@ def mix(probabilities: np.ndarray, v: np.ndarray, read: np.ndarray) -> np.ndarra
     return np.matmul(probabilities.transpose(1, 0, 2), v[:, read].transpose(1, 0, 2)).transpose(1, 0, 2)
 
 
-def delta_rule(q, k, v, g, beta, state, *, rounding=None, decay_last=False, correct=True, read_first=False):
+def delta_rule(
+    q, k, v, g, beta, state, *, rounding=None, decay_last=False, correct=True, read_first=False, read_before=False
+):
     """The gated delta rule, token by token (Yang et al., 2024), and its known misreadings.
 
     q, k (T, Hv, Dk), v (T, Hv, Dv), g and beta (T, Hv), state (Hv, Dv, Dk) -> o (T, Hv, Dv), the last state.
@@ -107,10 +109,13 @@ def delta_rule(q, k, v, g, beta, state, *, rounding=None, decay_last=False, corr
         decay_last: the state decays after the update instead of before.
         correct: subtract what the state already says of this key (False: plain gated linear attention).
         read_first: the output reads the state before the update.
+        read_before: the output reads the state before decay and update.
     """
     o = np.empty_like(v)
     for t in range(len(v)):
         decay = np.exp(g[t])[:, None, None]
+        if read_before:
+            o[t] = np.matmul(state, q[t][:, :, None])[..., 0]
         if not decay_last:
             state = state * decay
         known = np.matmul(state, k[t][:, :, None])[..., 0] if correct else 0
@@ -122,6 +127,6 @@ def delta_rule(q, k, v, g, beta, state, *, rounding=None, decay_last=False, corr
             state = state * decay
         if rounding is not None:
             state = rounding(state)
-        if not read_first:
+        if not (read_first or read_before):
             o[t] = np.matmul(state, q[t][:, :, None])[..., 0]
     return o, state

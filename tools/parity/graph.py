@@ -602,14 +602,13 @@ def _delayed(x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
 
 
-def _by_chunk(v: Any, out: int, chunk: int = 64, **at_boundary: Any) -> np.ndarray:
+def _by_chunk(v: Any, out: int, carry: Callable[[np.ndarray], np.ndarray], chunk: int = 64) -> np.ndarray:
     """The delta rule run chunk by chunk, the state between chunks mistreated."""
-    values, outputs, state = v("v_conv_predelta"), [], None
-    for start in range(0, len(values), chunk):
-        part = _Rows(v, slice(start, start + chunk), state)
+    outputs, state = [], None
+    for start in range(0, len(v("v_conv_predelta")), chunk):
+        part = _Rows(v, slice(start, start + chunk), None if state is None else carry(state))
         outputs.append(delta(part, out=0))
         state = delta(part, out=1)
-        state = at_boundary["carry"](state)
     return np.concatenate(outputs) if out == 0 else state
 
 
@@ -653,6 +652,7 @@ def _delta_variants(out: int) -> dict[str, Run]:
         "twice-beta": twist(beta=lambda b: 2 * b),
         "missing-correction": twist(correct=False),
         "update-order": twist(read_first=True),
+        "update-order, before the decay": twist(read_before=True),
         "state-transposed": twist(state=_transposed),
         "state-reset": twist(state=lambda s: 0 * s),
         "state-precision, bf16": twist(rounding=bf16),
@@ -963,7 +963,7 @@ def _qkv(v: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _kq(v: Any, other_heads: bool = False) -> np.ndarray:
-    if v.facts.first_position:
+    if v.facts.cut or v.facts.first_position:
         raise Missing("the keys of earlier tokens")
     q, k = heads(v("Qcur"), v.facts.head_dim), heads(v("Kcur"), v.facts.head_dim)
     return f.scores(v.kv(q), v.kv(k), _read(v, q.shape[1], k.shape[1], other_heads))
@@ -982,7 +982,7 @@ def _window(kq: np.ndarray, width: int) -> np.ndarray:
 
 
 def _values(v: Any, other_heads: bool = False) -> np.ndarray:
-    if v.facts.first_position:
+    if v.facts.cut or v.facts.first_position:
         raise Missing("the values of earlier tokens")
     p, values = v("kq_soft_max"), heads(v("Vcur"), v.facts.head_dim)
     return f.mix(v.kv(p[:, :, : len(values)]), v.kv(values), _read(v, p.shape[1], values.shape[1], other_heads))

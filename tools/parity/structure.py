@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from scarlet_jax.tools.parity import formulas, graph
 from scarlet_jax.tools.parity.arithmetic import bf16, f16, q8_0
 
 Make = Callable[..., Any]
@@ -125,7 +126,7 @@ def _channel_gain(case: Any, _: Any) -> Found:
     if case.ours.ndim == 3:
         gain = (p * y).sum(axis=(0, 2)) / np.maximum((p * p).sum(axis=(0, 2)), 1e-300)
         text = f"each head has its own constant gain, {gain.min():.3g} to {gain.max():.3g}"
-        yield "head-gain", _share(case, gain[:, None] * case.right, held), text, "structure", 2
+        yield "head-gain", _share(case, gain[:, None] * case.right, held), text, "structure", 7
 
 
 def _token_gain(case: Any, _: Any) -> Found:
@@ -139,7 +140,7 @@ def _token_gain(case: Any, _: Any) -> Found:
     left, whole = (y - candidate)[:, 1::2], (y - p)[:, 1::2]
     explained = 1 - max(0.0, (left**2).sum() - case.floor**2 / 2) / max((whole**2).sum(), 1e-300)
     text = f"each token has its own gain, {gain.min():.4g} to {gain.max():.4g}"
-    yield "token-gain", float(explained), text, "structure", 3
+    yield "token-gain", float(explained), text, "structure", 9
 
 
 def _shift(case: Any, _: Any) -> Found:
@@ -224,69 +225,123 @@ def _clip(case: Any, _: Any) -> Found:
         yield name, _share(case, np.clip(case.right, low, high)), text, "structure", 2
 
 
+def _soft_cap(case: Any, _: Any) -> Found:
+    for cap in (10.0, 15.0, 20.0, 30.0, 50.0, 100.0):
+        text = f"the output is {cap:g} tanh(right / {cap:g})"
+        yield "soft-cap", _share(case, cap * np.tanh(case.right / cap)), text, "structure", 1
+
+
 def _part(case: Any, _: Any) -> Found:
     """The residual sits in one part of the array only: some tokens, some heads, some channels."""
     residual = case.residual.reshape(len(case.ours), -1)
     energy = residual**2
-    total = float(energy.sum())
-    if not total:
+    if not energy.any():
         return
-    rows = energy.sum(axis=1)
-    floor = (10 * case.floor) ** 2 / max(1, len(rows))
-    bad = np.flatnonzero(rows > max(floor, 1e-4 * rows.max()))
-    tokens = len(rows)
-    if tokens >= 8 and 0 < len(bad) < 0.9 * tokens:
-        if list(bad) == [0]:
-            yield "first-token", 0.9, "only the first token is wrong: what it starts from", "structure", 6
-        elif bad[0] > 0 and len(bad) >= 0.8 * (tokens - bad[0]):
-            name = "chunk-boundary" if bad[0] % 16 == 0 else "late-tokens"
-            yield (
-                name,
-                0.9,
-                f"tokens 0 to {bad[0] - 1} are right, those from {bad[0]} on wrong",
-                "structure",
-                6,
-            )
-        elif bad[-1] < tokens - 1 and len(bad) >= 0.8 * (bad[-1] + 1):
-            yield "early-tokens", 0.9, f"only tokens 0 to {bad[-1]} are wrong", "structure", 6
-        else:
-            yield (
-                "some-tokens",
-                0.9,
-                f"{len(bad)} of {tokens} tokens are wrong: {_listed(bad)}",
-                "structure",
-                7,
-            )
+    yield from _tokens_hit(case, energy.sum(axis=1))
     yield from _channels_hit(case, energy)
+
+
+def _tokens_hit(case: Any, rows: np.ndarray) -> Found:
+    tokens = len(rows)
+    floor = (10 * case.floor) ** 2 / max(1, tokens)
+    bad = np.flatnonzero(rows > max(floor, 1e-6 * rows.max()))
+    if tokens < 8 or not 0 < len(bad) < 0.9 * tokens:
+        return
+    inside = float(rows[bad].sum() / rows.sum())
+    if list(bad) == [0]:
+        yield "first-token", inside, "only the first token is wrong: what it starts from", "structure", 5
+    elif bad[0] > 0 and len(bad) >= 0.8 * (tokens - bad[0]):
+        name = "chunk-boundary" if bad[0] % 16 == 0 else "late-tokens"
+        yield name, inside, f"tokens 0 to {bad[0] - 1} are right, those from {bad[0]} on wrong", "structure", 5
+    elif bad[-1] < tokens - 1 and len(bad) >= 0.8 * (bad[-1] + 1):
+        yield "early-tokens", inside, f"only tokens 0 to {bad[-1]} are wrong", "structure", 5
+    else:
+        text = f"{len(bad)} of {tokens} tokens are wrong: {_listed(bad)}"
+        yield "some-tokens", inside, text, "structure", 10
 
 
 def _channels_hit(case: Any, energy: np.ndarray) -> Found:
     columns = energy.sum(axis=0)
     floor = (10 * case.floor) ** 2 / max(1, len(columns))
     bad = np.flatnonzero(columns > max(floor, 1e-6 * columns.max()))
-    if not 0 < len(bad) < 0.9 * len(columns):
-        return
     width = len(columns)
+    if not 0 < len(bad) < 0.9 * width:
+        return
+    inside = float(columns[bad].sum() / columns.sum())
     if not case.ours.reshape(len(energy), -1)[:, bad].any():
-        yield "zeros", 0.99, f"{len(bad)} of {width} channels are zero: {_listed(bad)}", "structure", 2
+        yield "zeros", inside, f"{len(bad)} of {width} channels are zero: {_listed(bad)}", "structure", 2
     if case.ours.ndim == 3:
         length = case.ours.shape[-1]
         hit = np.unique(bad // length)
         if len(hit) < case.ours.shape[1] and len(bad) > 0.5 * len(hit) * length:
-            yield "some-heads", 0.9, f"heads {_listed(hit)} of {case.ours.shape[1]} are wrong", "structure", 6
-            return
-    for period in (256, 128, 64, 32, 16):
-        if width % period or width == period:
-            continue
-        phases = np.unique(bad % period)
-        if len(phases) <= period // 2:
-            text = f"channels {_listed(phases)} of every {period} are wrong"
-            yield "channel-period", 0.9, text, "structure", 6
+            text = f"heads {_listed(hit)} of {case.ours.shape[1]} are wrong"
+            yield "some-heads", inside, text, "structure", 6
             return
     if len(bad) == bad[-1] - bad[0] + 1:
         where = "last" if bad[-1] == width - 1 else "first" if bad[0] == 0 else "middle"
         text = f"only the {where} channels, {bad[0]} to {bad[-1]} of {width}, are wrong"
-        yield "channel-range", 0.9, text, "structure", 6
+        yield "channel-range", inside, text, "structure", 6
+        return
+    for period in (16, 32, 64, 128, 256):
+        phases = np.unique(bad % period)
+        if width % period == 0 and width > period and len(phases) <= period // 2:
+            text = f"channels {_listed(phases)} of every {period} are wrong"
+            yield "channel-period", inside, text, "structure", 6
+            return
+
+
+def _rotation(case: Any, pair: Any) -> Found:
+    """Rotated queries or keys: the angles that ours shows, fitted on even heads and scored on odd ones."""
+    if case.op is None or case.op.name not in ("Qcur", "Kcur") or case.view is None or case.ours.ndim != 3:
+        return
+    try:
+        x = graph.heads(case.view(f"{case.op.name}_normed"), case.ours.shape[-1])
+    except graph.Missing:
+        return
+    tokens, heads, dim = x.shape
+    half = slice(0, None, 2) if heads > 1 else slice(None)
+    held = slice(1, None, 2) if heads > 1 else slice(None)
+    facts = case.view.facts
+    moved = np.abs(case.ours - x).max(axis=(0, 1)) > 1e-5 * np.abs(x).max()
+    dims = int(np.flatnonzero(moved).max(initial=-1)) + 1
+    for pairs, adjacent in {((dims + 1) // 2, False), ((dims + 1) // 2, True), (facts.rotary // 2, facts.adjacent)}:
+        if not pairs or tokens < 3:
+            continue
+        angle = graph.fitted_angles(x[:, half], case.ours[:, half], pairs, adjacent)
+        turned = formulas.rotate(x, angle, adjacent=adjacent)
+        left, whole = (case.ours - turned)[:, held], case.residual[:, held]
+        explained = 1 - float((left**2).sum()) / max(float((whole**2).sum()), 1e-300)
+        yield *_angle_story(angle, pairs, adjacent, facts, explained), "structure", 3
+
+
+def _angle_story(angle: np.ndarray, pairs: int, adjacent: bool, facts: Any, explained: float) -> tuple[str, float, str]:
+    if adjacent != facts.adjacent:
+        return "rope-pairing", explained, f"{'neighbouring' if adjacent else 'half-apart'} dims are rotated together"
+    if 2 * pairs != facts.rotary:
+        return "rope-partial", explained, f"{2 * pairs} dims are rotated instead of {facts.rotary}"
+    turn = np.angle(np.exp(1j * np.diff(angle, axis=0))).mean(axis=0)  # radians a token, for each pair
+    if pairs > 1 and abs(turn[0] - 1) < 1e-3 and 0 < turn[1] < 1:
+        base = turn[1] ** -pairs
+        if facts.rope_base and abs(base / facts.rope_base - 1) > 1e-2:
+            return "rope-base", explained, f"the angles are those of base {base:.4g} instead of {facts.rope_base:g}"
+    return "rope-angle", explained, f"a rotation by other angles: {turn[:3].round(4).tolist()} radians a token"
+
+
+_LOOKS = (
+    _zeros,
+    _gain,
+    _bias,
+    _channel_gain,
+    _token_gain,
+    _shift,
+    _heads,
+    _channels,
+    _precision,
+    _clip,
+    _soft_cap,
+    _part,
+    _rotation,
+)
 
 
 def _listed(values: np.ndarray) -> str:

@@ -84,6 +84,8 @@ def find_broken(taps: Sequence[Tap]) -> None:
 
 def _excuse(tap: Tap, consumers: Sequence[Tap]) -> None:
     """A divergence that the next operations take back, or that was never there in sum, is a convention."""
+    if tap.metrics.not_finite[0]:
+        return
     floor = max(10 * tap.local.floor, 1e-6)
     if tap.metrics.relative_l2 <= floor and tap.local.method != "direct":
         tap.broken, tap.note = False, "agrees, though not with its inputs: they follow another convention"
@@ -110,7 +112,7 @@ def discoveries(p_values: np.ndarray, rate: float) -> np.ndarray:
 
 
 def _p_value(local: Local) -> float:
-    if local.ratio <= 1:
+    if not local.ratio > 1:
         return 1.0
     z = math.log(local.ratio) / _UNCERTAINTY[local.method]
     return 0.5 * math.erfc(z / 2**0.5)

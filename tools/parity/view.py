@@ -148,6 +148,8 @@ class LayerView:
 
     def state(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A state tap, or zeros."""
+        if self.facts.cut:
+            raise Missing("the rows before those compared")
         if not self.has(name):
             return np.zeros(shape, self.dtype)
         state = self(name)

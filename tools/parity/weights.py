@@ -32,19 +32,40 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
         if layer is None:
             name = _GLOBAL.get(stem, stem)
             return "token_embd.weight" if name == "output.weight" and name not in self._file.tensors else name
-        prefix = f"blk.{layer}.{stem}"
+        prefix = f"blk.{layer}.{'attn_qkv' if self._fused(key) else stem}"
         return next((n for n in (f"{prefix}.weight", prefix) if n in self._file.tensors), f"{prefix}.weight")
 
     def raw(self, key: tuple[int | None, str]) -> tuple[np.ndarray, str]:
         """The packed bytes (..., row bytes) and the quant type."""
         tensor = self._file.tensors[self.tensor_name(key)]
-        return tensor.data, tensor.qtype
+        return tensor.data[self._fused(key) or slice(None)], tensor.qtype
 
     def qtype(self, key: tuple[int | None, str]) -> str:
         """The quant type of a weight."""
         return self._file.tensors[self.tensor_name(key)].qtype
 
+    def _fused(self, key: tuple[int | None, str]) -> slice | None:
+        """Rows of attn_q, attn_k or attn_v within a full attention layer's `attn_qkv`; None where not fused."""
+        layer, stem = key
+        if stem not in ("attn_q", "attn_k", "attn_v") or f"blk.{layer}.{stem}.weight" in self._file.tensors:
+            return None
+        if f"blk.{layer}.attn_qkv.weight" not in self._file.tensors:
+            return None
+        prefix = self.metadata["general.architecture"]
+        dim = int(self.metadata[f"{prefix}.attention.key_length"])
+        keys = dim * self._per_layer(f"{prefix}.attention.head_count_kv", layer)
+        rows = self._file.tensors[f"blk.{layer}.attn_qkv.weight"].shape[0]
+        start = {"attn_q": 0, "attn_k": rows - 2 * keys, "attn_v": rows - keys}[stem]
+        return slice(start, rows - 2 * keys if stem == "attn_q" else start + keys)
+
+    def _per_layer(self, key: str, layer: int | None) -> int:
+        value = np.ravel(self.metadata[key])
+        return int(value[layer or 0] if value.size > 1 else value[0])
+
     def __getitem__(self, key: tuple[int | None, str]) -> np.ndarray:
+        rows = self._fused(key)
+        if rows is not None:
+            return self[key[0], "attn_qkv"][rows]
         name = self.tensor_name(key)
         if name not in self._cache:
             if name not in self._file.tensors:
@@ -95,9 +116,8 @@ def decode(blocks: np.ndarray, qtype: str) -> np.ndarray:
         except NotImplementedError:
             pass
     try:
-        from scarlet_jax.tools.engines.llama_cpp import to_float
-    except ImportError:
-        raise BadInput(
-            f"quant type {qtype}: no reference decoder here; expected gguf-py or llama.cpp"
-        ) from None
-    return to_float(np.ascontiguousarray(blocks), qtype)
+        from scarlet_jax.tools.engines.ggml import to_float
+
+        return to_float(qtype, np.ascontiguousarray(blocks))
+    except (ImportError, KeyError, OSError):
+        raise BadInput(f"quant type {qtype}: no reference decoder here; expected gguf-py or llama.cpp") from None

@@ -1,0 +1,128 @@
+"""The fault benchmark: injects every fault, asks the analyzer, prints a confusion matrix.
+
+    OMP_NUM_THREADS=1 python tests/faults/run.py            # faults on three tiny models, with and without the file
+    OMP_NUM_THREADS=1 python tests/faults/run.py --clean    # pairs without a fault, of real engines
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import catalogue  # noqa: E402
+import numpy as np  # noqa: E402
+import oracle  # noqa: E402
+import tiny  # noqa: E402
+
+from scarlet_jax.tools.parity import Dump, compare  # noqa: E402
+from scarlet_jax.tools.parity.weights import parse  # noqa: E402
+
+
+class InMemory(dict):
+    """A model's weights as the analyzer takes them from a file."""
+
+    def __init__(self, model: oracle.Model):
+        super().__init__({parse(name): value for name, value in model.weights.items()})
+        self.metadata = model.metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the analyzer said of one fault on one model, and whether it was right."""
+
+    fault: str
+    group: str
+    setting: str
+    said: str
+    verdict: bool
+    first: bool
+    klass: bool
+    cause: bool | None  # None: not named
+
+
+def dump(model: oracle.Model, tokens: np.ndarray, noise: int = 0) -> Dump:
+    """An f32 dump of the float64 forward, with rounding errors of f32's size at every tap when `noise` is a seed."""
+    with np.errstate(all="ignore"):
+        _, taps = oracle.forward(model, tokens)
+    rng = np.random.default_rng(noise)
+    shaken = {
+        name: (x * (1 + 2**-24 * rng.standard_normal(x.shape))).astype(np.float32) if noise else x.astype(np.float32)
+        for name, x in taps.items()
+    }
+    return Dump(shaken, engine="test", arch="qwen35", tokens=tokens.tolist(), config={})
+
+
+def outcomes(sizes: str, settings: tuple[str, ...], only: str = "") -> Iterator[Outcome]:
+    """Every fault on every model."""
+    for size in sizes:
+        model = tiny.make(size, seed=ord(size))
+        for fault in catalogue.FAULTS:
+            if only not in fault.name:
+                continue
+            tokens = np.random.default_rng([len(fault.name), ord(size)]).integers(0, tiny.SIZES[size]["V"], fault.tokens)
+            reference = dump(model, tokens, noise=1)
+            with catalogue.apply(fault, model) as broken:
+                ours = dump(broken, tokens, noise=2)
+            for setting in settings:
+                report = compare(ours, reference, model=InMemory(model) if setting == "model" else None)
+                yield judge(fault, f"{size}/{setting}", report)
+
+
+def judge(fault: catalogue.Fault, setting: str, report: dict[str, Any]) -> Outcome:
+    """Compare what was said with what was done."""
+    first, cause = report["first"] or {}, report["cause"]
+    said = f"{report['verdict']} {first.get('tap')} {report['class']} {cause['name'] if cause else None} {report['why']}"
+    return Outcome(
+        fault.name,
+        fault.group,
+        setting,
+        said,
+        report["verdict"] in (("single-op", "systematic") if fault.layers == "all" else ("single-op",)),
+        first.get("op") in fault.ops,
+        report["class"] in fault.classes,
+        None if cause is None else cause["name"] in fault.causes,
+    )
+
+
+def table(results: list[Outcome]) -> str:
+    """Shares by group, and the four figures that count."""
+    lines = [f"{'group':12}{'faults':>8}{'verdict':>9}{'first':>8}{'class':>8}{'named':>8}{'right':>8}"]
+    groups = collections.defaultdict(list)
+    for r in results:
+        groups[r.group].append(r)
+    for group, rows in [*groups.items(), ("all", results)]:
+        named = [r for r in rows if r.cause is not None]
+        shares = [np.mean([r.verdict for r in rows]), np.mean([r.first for r in rows]), np.mean([r.klass for r in rows])]
+        shares += [len(named) / len(rows), np.mean([r.cause for r in named]) if named else np.nan]
+        lines.append(f"{group:12}{len(rows):8}" + "".join(f"{share:8.1%}" for share in shares))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="abc")
+    parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--settings", default="dumps,model")
+    args = parser.parse_args()
+    results, start = [], time.time()
+    for outcome in outcomes(args.sizes, tuple(args.settings.split(",")), args.only):
+        results.append(outcome)
+        wrong = [n for n in ("verdict", "first", "klass") if not getattr(outcome, n)]
+        wrong += ["cause"] if outcome.cause is False else ["unnamed"] if outcome.cause is None else []
+        if wrong:
+            print(f"{outcome.setting:9} {outcome.fault:28} {','.join(wrong):24} said: {outcome.said}", flush=True)
+    print(table(results))
+    print(f"{len(results)} comparisons in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The right operation on the wrong thing: another weight, another tap, its input's heads in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from scarlet_jax.tools.parity.graph import Missing
+
+Make = Callable[..., Any]
+
+# Pairs of taps whose exchange has a name of its own.
+_NAMED = {frozenset(("ffn_gate", "ffn_up")): "swapped-gate-up"}
+
+
+def other_taps(case: Any, pair: Any, make: Make) -> list[Any]:
+    """Our output is what the reference calls by another name in the same layer."""
+    found, op, layer = [], case.tap.op, case.tap.layer
+    for name in pair.reference.taps:
+        other, _, number = name.rpartition("-")
+        if layer is None or number != str(layer) or other == op:
+            continue
+        if case.op is not None and other in _same_array(op):
+            continue
+        candidate = np.asarray(pair.reference.taps[name], np.float64)
+        if candidate.size != case.ours.size or candidate.dtype.kind != "f":
+            continue
+        explained = _share(case, candidate.reshape(case.ours.shape))
+        cause = _NAMED.get(frozenset((op, other)), "wrong-tap")
+        found.append(make(cause, explained, f"ours is the reference's {name}: {explained:.2%}", "structure", 4))
+    return found
+
+
+def _same_array(op: str) -> tuple[str, ...]:
+    return {
+        "linear_attn_qkv_mixed": ("qkv_mixed_transposed",),
+        "attn_pregate": ("kqv",),
+        "kqv": ("attn_pregate",),
+    }.get(op, ())
+
+
+def other_weights(case: Any, weights: Mapping, make: Make) -> list[Any]:
+    """The operation re-run with every other weight of the same shape in this layer, and its own of other layers."""
+    if case.view is None:
+        return []
+    found, stem, layer = [], case.op.weight, case.tap.layer
+    key = (layer if (layer, stem) in weights else None, stem)
+    if key not in weights:
+        return []
+    shape = np.shape(weights[key])
+    for other, label in _candidates(weights, key):
+        if np.shape(weights[other]) != shape:
+            continue
+        explained = _rerun(case, stem, np.asarray(weights[other]))
+        cause = _NAMED.get(frozenset((stem, other[1])), "wrong-weight")
+        found.append(make(cause, explained, f"re-run with {label}: {explained:.2%} explained", "swap", 1))
+    for label, change in _rearrangements(case, shape):
+        explained = _rerun(case, stem, change(np.asarray(weights[key])))
+        found.append(make("weight-layout", explained, f"re-run with the weight {label}: {explained:.2%}", "swap", 3))
+    return found
+
+
+def _candidates(weights: Mapping, key: tuple[int | None, str]) -> Iterator[tuple[tuple[int | None, str], str]]:
+    layer, stem = key
+    if layer is None:
+        for other in ("token_embd", "output"):
+            if other != stem and (None, other) in weights:
+                yield (None, other), other
+        return
+    for other in _STEMS:
+        if other != stem and (layer, other) in weights:
+            yield (layer, other), f"{other} of this layer"
+    for by in (1, -1, 2, -2, 3, -3):
+        if (layer + by, stem) in weights:
+            yield (layer + by, stem), f"{stem} of layer {layer + by}"
+
+
+_STEMS = (
+    "attn_norm",
+    "post_attention_norm",
+    "attn_q_norm",
+    "attn_k_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_gate",
+    "ssm_alpha",
+    "ssm_beta",
+    "ffn_gate",
+    "ffn_up",
+)
+
+
+def _rearrangements(case: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    if len(shape) == 2:
+        yield "transposed and reshaped", lambda w: w.T.reshape(w.shape)
+        yield "with rows reversed", lambda w: w[::-1]
+
+
+def _rerun(case: Any, stem: str, weight: np.ndarray) -> float:
+    view, original = case.view, case.view.weight
+    view.weight = lambda name: weight.astype(view.dtype) if name == stem else original(name)
+    try:
+        with np.errstate(all="ignore"):
+            value = np.asarray(case.op.run(view), np.float64)
+    except (Missing, ValueError):
+        return 0.0
+    finally:
+        del view.weight
+    return _share(case, value.reshape(case.ours.shape)) if value.size == case.ours.size else 0.0
+
+
+def other_inputs(case: Any, make: Make) -> list[Any]:
+    """A product whose input (or weight columns) has its heads in another order."""
+    if case.op is None or not case.op.linear or case.view is None or case.tap.klass not in ("ssm", "attention"):
+        return []
+    facts, found = case.view.facts, []
+    for dim in sorted({facts.value_dim, facts.head_dim, facts.key_dim} - {0, 1}):
+        for label, order in _head_orders(dim, facts):
+            explained = _reordered(case, order)
+            if explained is not None:
+                text = f"re-run with the input's heads of {dim} {label}: {explained:.2%} explained"
+                found.append(make("head-permutation", explained, text, "swap", 1))
+    return found
+
+
+def _head_orders(dim: int, facts: Any) -> Iterator[tuple[str, Callable[[int], np.ndarray | None]]]:
+    def of(arrange: Callable[[int], np.ndarray | None]) -> Callable[[int], np.ndarray | None]:
+        def order(width: int) -> np.ndarray | None:
+            if width % dim or width == dim:
+                return None
+            heads = arrange(width // dim)
+            return None if heads is None else (heads[:, None] * dim + np.arange(dim)).ravel()
+
+        return order
+
+    def regroup(rows: int) -> Callable[[int], np.ndarray | None]:
+        return lambda n: np.arange(n).reshape(rows, -1).T.ravel() if rows and n % rows == 0 else None
+
+    yield "grouped for tiled", of(lambda n: regroup(facts.key_heads)(n))
+    yield "tiled for grouped", of(lambda n: regroup(n // facts.key_heads)(n) if facts.key_heads else None)
+    yield "one late", of(lambda n: np.roll(np.arange(n), 1))
+    yield "one early", of(lambda n: np.roll(np.arange(n), -1))
+    yield "reversed", of(lambda n: np.arange(n)[::-1])
+    yield "halves swapped", of(lambda n: np.roll(np.arange(n), n // 2))
+
+
+def _reordered(case: Any, order: Callable[[int], np.ndarray | None]) -> float | None:
+    view, original = case.view, case.view.linear
+    applied = []
+
+    def linear(stem: str, x: np.ndarray) -> np.ndarray:
+        index = order(x.shape[-1]) if stem == case.op.weight else None
+        applied.append(index is not None)
+        return original(stem, x if index is None else x[..., index])
+
+    view.linear = linear
+    try:
+        value = np.asarray(case.op.run(view), np.float64)
+    except (Missing, ValueError):
+        return None
+    finally:
+        del view.linear
+    return _share(case, value.reshape(case.ours.shape)) if any(applied) else None
+
+
+def _share(case: Any, candidate: np.ndarray) -> float:
+    energy = float((case.residual**2).sum())
+    left = float(((case.ours - candidate) ** 2).sum())
+    return 1.0 - max(0.0, left - case.floor**2) / energy if energy and np.isfinite(left) else 0.0
