@@ -24,8 +24,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 # The file
 # ------------------------------------------------------------------------------
 
-# The block formats that gguf-py cannot decode: type id -> name, elements and bytes of a block (section 9).
-_LEFT_TO_GGML = {41: ("Q1_0", 128, 18), 42: ("Q2_0", 64, 18)}
+_LEFT_TO_GGML = {41: "Q1_0", 42: "Q2_0"}  # block formats that gguf-py cannot decode
+_BLOCK_SIZES = GGML_QUANT_SIZES | {41: (128, 18), 42: (64, 18)}  # elements and bytes (section 9)
 
 
 class _Reader(gguf.GGUFReader):
@@ -46,9 +46,7 @@ class Weights(Mapping):
 
     def __getitem__(self, name: str) -> np.ndarray:
         shape, type_id, offset = self._reader.infos[name]
-        block, block_bytes = (
-            _LEFT_TO_GGML[type_id][1:] if type_id in _LEFT_TO_GGML else GGML_QUANT_SIZES[type_id]
-        )
+        block, block_bytes = _BLOCK_SIZES[type_id]
         rows = (*shape[:-1], shape[-1] // block * block_bytes)
         data = self._reader.data[offset : offset + int(np.prod(rows))].reshape(rows)
         return _dequantize(data, type_id).reshape(shape).astype(np.float64)
@@ -64,7 +62,7 @@ def _dequantize(data: np.ndarray, type_id: int) -> np.ndarray:
     if type_id in _LEFT_TO_GGML:
         from scarlet_jax.tools.engines.llama_cpp import to_float
 
-        return to_float(_LEFT_TO_GGML[type_id][0], data)
+        return to_float(_LEFT_TO_GGML[type_id], data)
     return gguf.dequantize(data, GGMLQuantizationType(type_id))
 
 
