@@ -25,16 +25,20 @@ import numpy as np
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops.cpu.build import FAILURE_NOTE, LIBRARY
+from scarlet_jax.ops.cpu.mixers import attention, delta_net  # noqa: F401
 from scarlet_jax.ops.qtensor import QTensor, block_size
 
 Weight = jax.Array | np.ndarray | QTensor
 
 _FOLDER = Path(__file__).parent
-_HANDLERS = ("scarlet_qmatmul", "scarlet_qmatmul_experts", "scarlet_ffn", "scarlet_decode")
+_HANDLERS = (
+    *("scarlet_qmatmul", "scarlet_qmatmul_experts", "scarlet_ffn", "scarlet_decode"),
+    *("scarlet_delta_net", "scarlet_attention"),
+)
 _FLOAT_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-class _Unavailable(Exception):
+class _UnavailableError(Exception):
     """Why the library cannot be used."""
 
 
@@ -42,7 +46,7 @@ def unavailable() -> str | None:
     """Why the kernels cannot run here, in a line; None if they can."""
     try:
         _library()
-    except _Unavailable as reason:
+    except _UnavailableError as reason:
         return str(reason)
     if jax.default_backend() != "cpu":
         return f"the default device is a {jax.default_backend()}"
@@ -61,7 +65,7 @@ def set_isa(name: str = "") -> None:
     """
     try:
         _choose_isa(_library(), name)
-    except _Unavailable as reason:
+    except _UnavailableError as reason:
         raise BadInput(str(reason)) from reason
 
 
@@ -75,6 +79,11 @@ def set_threads(count: int) -> None:
     _library().scarlet_set_threads(count)
 
 
+def read_memory(data: np.ndarray) -> None:
+    """Read `data` once with all threads: the probe that measures a machine's memory."""
+    _library().scarlet_read_all(data.ctypes.data, data.nbytes)
+
+
 def decode(blocks: jax.Array | np.ndarray, qtype: str) -> jax.Array:
     """Decode rows of blocks: uint8 (..., row bytes) -> f32 (..., elements), as `ops.quants.decode`."""
     chex.assert_type(blocks, jnp.uint8)
@@ -85,7 +94,7 @@ def decode(blocks: jax.Array | np.ndarray, qtype: str) -> jax.Array:
 
 
 def qmatmul(x: jax.Array, w: Weight) -> jax.Array:
-    """`x @ w.T`: f32 (..., in), w (out, in) packed or F32, F16 or BF16 -> f32 (..., out), without `w.scale`."""
+    """`x @ w.T`: f32 (..., in), (out, in) packed or F32, F16, BF16 -> f32 (..., out), without `w.scale`."""
     return qmatmul_many(x, [w])[0]
 
 
@@ -111,9 +120,9 @@ def qmatmul_experts(x: jax.Array, w: Weight, ids: jax.Array) -> jax.Array:
 
 
 def ffn(x: jax.Array, gate: Weight, up: Weight, down: Weight) -> jax.Array:
-    """`(silu(x @ gate.T) * (x @ up.T)) @ down.T`: f32 (..., in), (F, in), (F, in), (out, F) -> f32 (..., out).
+    """`(silu(x @ gate.T) * (x @ up.T)) @ down.T` in one call.
 
-    The weights' own scales are not applied: a caller whose weights have them takes the steps one by one.
+    x f32 (..., in), gate and up (F, in), down (out, F) -> f32 (..., out). The weights' own scales are not applied: a caller whose weights have them takes the steps one by one.
     """
     chex.assert_type(x, jnp.float32)
     arrays, qtypes = zip(_packed(gate), _packed(up), _packed(down), strict=True)
@@ -180,11 +189,11 @@ def _library() -> ctypes.CDLL:
     if not path.exists():
         note = _FOLDER / FAILURE_NOTE
         why = note.read_text("utf-8").splitlines()[0] if note.exists() else "run `pip install` again"
-        raise _Unavailable(f"the compiled kernels were not built: {why}")
+        raise _UnavailableError(f"the compiled kernels were not built: {why}")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise _Unavailable(f"the compiled kernels do not load: {error}") from error
+        raise _UnavailableError(f"the compiled kernels do not load: {error}") from error
     _declare(library)
     _choose_isa(library, os.environ.get("SCARLET_CPU_ISA", ""))
     for name, book in _codebooks().items():
@@ -210,7 +219,7 @@ def _choose_isa(library: ctypes.CDLL, name: str) -> None:
     error = ctypes.create_string_buffer(256)
     chosen = library.scarlet_set_isa(name.encode(), error, len(error))
     if chosen is None:
-        raise _Unavailable(error.value.decode())
+        raise _UnavailableError(error.value.decode())
     library.isa = chosen.decode()
 
 

@@ -7,6 +7,8 @@ namespace scarlet {
 namespace avx2 {
 #include "decoders.h"
 #include "regimes.h"
+static constexpr int64_t (*kPreparedFloats)(int64_t) = nullptr;
+#include "table.h"
 }  // namespace avx2
 
 const Kernels& kernels_avx2() { return avx2::kKernels; }

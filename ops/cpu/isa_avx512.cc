@@ -7,6 +7,8 @@ namespace scarlet {
 namespace avx512 {
 #include "decoders.h"
 #include "regimes.h"
+#include "planar_avx512.h"
+#include "table.h"
 }  // namespace avx512
 
 const Kernels& kernels_avx512() { return avx512::kKernels; }

@@ -7,6 +7,8 @@ namespace scarlet {
 namespace generic {
 #include "decoders.h"
 #include "regimes.h"
+static constexpr int64_t (*kPreparedFloats)(int64_t) = nullptr;
+#include "table.h"
 }  // namespace generic
 
 const Kernels& kernels_generic() { return generic::kKernels; }

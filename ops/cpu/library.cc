@@ -2,7 +2,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <list>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "team.h"
@@ -106,6 +110,32 @@ void multiply(const Kernels& kernels, const Part& part, float* const* y, float* 
   table[static_cast<int>(type)](p, scratch);
 }
 
+// Jobs whose few rows of x are in the order that their kernels want.
+struct Prepared {
+  std::vector<Job> jobs;
+
+  Prepared(const Kernels& kernels, const Job* given, size_t count) : jobs(given, given + count) {
+    for (Job& job : jobs) {
+      Product& p = job.product;
+      const PrepareFn prepare = kernels.prepare[static_cast<int>(job.type)];
+      if (prepare == nullptr || p.count == 0 || p.count > kSmallRows) continue;
+      const int64_t length = (kernels.prepared_floats(p.elements) + 15) / 16 * 16;
+      rows_.emplace_back(static_cast<float*>(std::aligned_alloc(64, p.count * length * sizeof(float))), &std::free);
+      std::vector<const float*> x;
+      for (int64_t m = 0; m < p.count; m++) {
+        x.push_back(rows_.back().get() + m * length);
+        prepare(p.x[m], p.elements, rows_.back().get() + m * length);
+      }
+      lists_.push_back(std::move(x));
+      p.x = lists_.back().data();
+    }
+  }
+
+ private:
+  std::vector<std::unique_ptr<float, void (*)(void*)>> rows_;
+  std::list<std::vector<const float*>> lists_;
+};
+
 std::vector<float*> results(const Part& part) {
   const Product& p = part.job->product;
   std::vector<float*> y(p.y, p.y + p.count);
@@ -115,15 +145,19 @@ std::vector<float*> results(const Part& part) {
 
 }  // namespace
 
-void multiply_all(const Kernels& kernels, const Job* jobs, size_t count) {
+void multiply_all(const Kernels& kernels, const Job* given, size_t count) {
+  const Prepared jobs(kernels, given, count);
   std::vector<Part> parts;
-  for (size_t i = 0; i < count; i++) split(jobs[i], &parts);
+  for (const Job& job : jobs.jobs) split(job, &parts);
   run_tasks(static_cast<int64_t>(parts.size()), kernels.scratch_floats, [&](int64_t i, float* scratch) {
     multiply(kernels, parts[i], results(parts[i]).data(), scratch);
   });
 }
 
-void multiply_gated(const Kernels& kernels, const Job& gate, const Job& up) {
+void multiply_gated(const Kernels& kernels, const Job& given_gate, const Job& given_up) {
+  const Job both[] = {given_gate, given_up};
+  const Prepared jobs(kernels, both, 2);
+  const Job &gate = jobs.jobs[0], &up = jobs.jobs[1];
   std::vector<Part> parts;
   split(gate, &parts);
   if (parts.empty()) return;

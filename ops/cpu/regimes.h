@@ -140,6 +140,13 @@ static void multiply_few(const Product& p, float*) {
   multiply_rows<B, 1, 4>(p);
 }
 
+// The few rows of type B, as the decoder alone does it; an instruction set may know better for some types.
+template <class B>
+struct Few {
+  static constexpr MultiplyFn kMultiply = multiply_few<B>;
+  static constexpr PrepareFn kPrepare = nullptr;
+};
+
 // --- many rows of activations -----------------------------------------------------------------------
 
 // Blocking, for a core with 32 KiB or more of first-level and 1 MiB of second-level cache:
@@ -296,21 +303,3 @@ static double fma_chain(int64_t iterations) {
   return Simd::sum(acc[0]) > 0 ? flops : 0;  // uses the sum, so that the loop is not dropped
 }
 
-// --- the table --------------------------------------------------------------------------------------
-
-static const Kernels kKernels = {
-    Simd::kName,
-#define SCARLET_BLOCK(name, elements, bytes) decode_row<Block<name, elements, bytes>>,
-    {SCARLET_QTYPES(SCARLET_BLOCK)},
-#undef SCARLET_BLOCK
-#define SCARLET_BLOCK(name, elements, bytes) multiply_few<Block<name, elements, bytes>>,
-    {SCARLET_QTYPES(SCARLET_BLOCK)},
-#undef SCARLET_BLOCK
-#define SCARLET_BLOCK(name, elements, bytes) multiply_many<Block<name, elements, bytes>>,
-    {SCARLET_QTYPES(SCARLET_BLOCK)},
-#undef SCARLET_BLOCK
-    kScratchFloats,
-    silu_gate,
-    sum_of_bytes,
-    fma_chain,
-};

@@ -47,6 +47,7 @@ struct Simd {  // the members are explained in simd_avx512.h
   static SCARLET_INLINE I mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
   static SCARLET_INLINE I shl(I a, int n) { return _mm256_slli_epi32(a, n); }
   static SCARLET_INLINE I shr(I a, int n) { return _mm256_srli_epi32(a, n); }
+  static SCARLET_INLINE F lane(F v, int i) { return _mm256_permutevar8x32_ps(v, _mm256_set1_epi32(i)); }
   static SCARLET_INLINE I pairs(uint32_t bits) {
     const __m256i shifts = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
     return and_(_mm256_srlv_epi32(set1i(static_cast<int>(bits)), shifts), set1i(3));

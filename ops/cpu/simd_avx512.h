@@ -50,6 +50,8 @@ struct Simd {
   static SCARLET_INLINE I mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
   static SCARLET_INLINE I shl(I a, int n) { return _mm512_slli_epi32(a, n); }
   static SCARLET_INLINE I shr(I a, int n) { return _mm512_srli_epi32(a, n); }
+  // Every lane: lane `i` of v.
+  static SCARLET_INLINE F lane(F v, int i) { return _mm512_permutexvar_ps(_mm512_set1_epi32(i), v); }
   // Lane i: the two bits of `bits` from bit 2i on.
   static SCARLET_INLINE I pairs(uint32_t bits) {
     const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);

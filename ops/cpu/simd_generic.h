@@ -54,6 +54,7 @@ struct Simd {  // the members are explained in simd_avx512.h
   static SCARLET_INLINE I mul(I a, I b) { return a * b; }
   static SCARLET_INLINE I shl(I a, int n) { return a << n; }
   static SCARLET_INLINE I shr(I a, int n) { return a >> n; }  // of integers that are never negative
+  static SCARLET_INLINE F lane(F v, int i) { return set1(v[i]); }
   static SCARLET_INLINE I pairs(uint32_t bits) {
     return (set1i(static_cast<int>(bits)) >> I{0, 2, 4, 6, 8, 10, 12, 14}) & 3;
   }
