@@ -188,7 +188,9 @@ def split_thinking(texts: Iterable[str], inside: bool = False) -> Iterator[Part]
     if inside:
         text = yield from _thought(text, texts)
         text = _past_line_ends(text, texts)
-    yield from (("answer", part) for part in itertools.chain([text], texts) if part)
+    for part in itertools.chain([text], texts):
+        if part:
+            yield "answer", part
 
 
 def _thought(text: str, more: Iterator[str]) -> Generator[Part, None, str]:

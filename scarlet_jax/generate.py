@@ -77,7 +77,7 @@ class StateCache:
 
 def generate(
     model: Model,
-    tokens: Sequence[int],
+    tokens: Sequence[int] | np.ndarray | Array,
     *,
     max_tokens: int | None = None,
     temperature: float = 0.0,

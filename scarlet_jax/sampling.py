@@ -75,10 +75,10 @@ def _filtered(logits: Array, total: Array, key: Array, params: Sampling, candida
     """Sort as many of the logits (B, V) as it takes, filter them and draw -> ids (B,)."""
     vocabulary = logits.shape[-1]
     # XLA has a quick way to the largest few, which it forgets when it sees what they are used for.
-    largest = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(candidates, vocabulary)))
+    largest, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(candidates, vocabulary)))
     return jax.lax.cond(
-        _holds_all_survivors(largest[0], total, params, vocabulary),
-        lambda: _draw(*largest, total, key, params),
+        _holds_all_survivors(largest, total, params, vocabulary),
+        lambda: _draw(largest, ids, total, key, params),
         lambda: _draw(*jax.lax.top_k(logits, vocabulary), total, key, params),
     )
 

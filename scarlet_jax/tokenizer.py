@@ -160,8 +160,8 @@ class Tokenizer:
     @functools.cached_property
     def _bpe(self) -> tokenizers.Tokenizer:
         """Splitting and merging. Built when first needed: that takes half a second for 250,000 tokens."""
-        merges = [tuple(merge.split(" ")) for merge in self._meta.strings(_KEYS.MERGES)]
-        self._meta.require(all(len(pair) == 2 for pair in merges), _KEYS.MERGES, "pairs like 'a b'")
+        halves = (merge.partition(" ") for merge in self._meta.strings(_KEYS.MERGES))
+        merges = [(left, right) for left, _, right in halves]
         try:
             # Special tokens never reach it, so the library need not know them.
             bpe = tokenizers.Tokenizer(models.BPE(self.ids, merges, ignore_merges=self._pre.ignore_merges))

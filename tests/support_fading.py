@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,8 @@ WIDTH = 5
 
 def weights(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     """Embedding and head, f32 (V, WIDTH) each."""
-    return tuple(
-        np.random.default_rng(seed).normal(size=(vocabulary, WIDTH)).astype(np.float32) for seed in (0, 1)
-    )
+    embedding, head = np.random.default_rng(0).normal(size=(2, vocabulary, WIDTH)).astype(np.float32)
+    return embedding, head
 
 
 class Fading:
@@ -30,12 +30,12 @@ class Fading:
         self.calls = []
         self.before_call = lambda: None
 
-    def last_logits(self, tokens, state=None, *, consume=False):
+    def last_logits(self, tokens, state: Any = None, *, consume=False):
         self.before_call()
         self.calls.append(list(tokens))
         memory = jnp.zeros(WIDTH) if state is None else state + 0
         for token in tokens:
             memory = DECAY * memory + self.embedding[token]
-        if consume:
+        if consume and state is not None:
             state.delete()
         return self.head @ memory, memory

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import types
+from typing import Any
 
 import jax.numpy as jnp
 import models
@@ -20,8 +22,8 @@ EMBEDDING, HEAD = weights(V)
 PROMPT = [3, 1, 4, 1, 5]
 
 
-def fading(**options):
-    return Fading(EMBEDDING, HEAD, **options)
+def fading(embedding=EMBEDDING, **options) -> Any:
+    return Fading(embedding, HEAD, **options)
 
 
 def logits_after(tokens):
@@ -145,7 +147,7 @@ def test_logits_that_are_not_numbers_end_it_with_a_reason(temperature, spoilt):
     embedding = EMBEDDING.copy()
     embedding[[PROMPT[-1], *answer][spoilt]] = np.nan
     seen = len(PROMPT) + spoilt
-    ids = generate(Fading(embedding, HEAD), PROMPT, temperature=temperature, top_k=1)
+    ids = generate(fading(embedding), PROMPT, temperature=temperature, top_k=1)
     with pytest.raises(BadInput, match=f"the logits after token {seen} are not finite numbers"):
         list(ids)
 
@@ -227,18 +229,13 @@ def test_random_conversations_read_as_without_a_cache():
 # --- Text ---------------------------------------------------------------------------------------------------
 
 
-class Letters:
-    """A tokenizer whose tokens are given pieces of bytes."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def piece(self, id, special=True):
-        return self.pieces[id]
+def letters(pieces) -> Any:
+    """A tokenizer whose tokens are these pieces of bytes."""
+    return types.SimpleNamespace(piece=lambda id, special=True: pieces[id])
 
 
 def streamed(pieces, stop=()):
-    return list(stream_text(Letters(pieces), range(len(pieces)), stop=stop))
+    return list(stream_text(letters(pieces), range(len(pieces)), stop=stop))
 
 
 def test_text_comes_with_each_token():
@@ -261,7 +258,7 @@ def test_what_may_begin_a_stop_string_waits_and_no_more():
 
 def test_no_token_is_asked_for_after_a_stop_string():
     pieces = iter(range(9))
-    assert "".join(stream_text(Letters([b"x"] * 3 + [b"#"] * 9), pieces, stop=["#"])) == "xxx"
+    assert "".join(stream_text(letters([b"x"] * 3 + [b"#"] * 9), pieces, stop=["#"])) == "xxx"
     assert next(pieces) == 4
 
 

@@ -243,14 +243,15 @@ def _memory(file: gguf.Gguf, cfg: Config) -> Memory:
     )
 
 
-def _device(device: jax.Device, memory: Memory, cfg: Config) -> Device:
+def _device(device: Any, memory: Memory, cfg: Config) -> Device:
+    """A jax.Device, and what it has room for beside the weights."""
     size = _device_bytes(device)
     left = -1 if size is None else size - memory.total(0, "f32")
     fits = left // memory.token["f32"] if memory.token["f32"] else cfg.context_length
     return Device(str(device), size, None if left < 0 else min(fits, cfg.context_length))
 
 
-def _device_bytes(device: jax.Device) -> int | None:
+def _device_bytes(device: Any) -> int | None:
     if device.platform == "cpu":
         known = hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(os.sysconf_names)
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None

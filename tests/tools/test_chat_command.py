@@ -7,6 +7,7 @@ import io
 import re
 import signal
 import sys
+from typing import Any
 
 import models
 import pytest
@@ -87,7 +88,7 @@ def talk(monkeypatch):
     monkeypatch.setattr(command, "generate", generate)
 
     def talk(model, lines, *, system="", think="auto", thoughts=True, stats=False, at_write=lambda: None):
-        terminal = Script(lines, at_write)
+        terminal: Any = Script(lines, at_write)
         settings = command.Settings(system, think, thoughts, stats)
         conversation = command.Talk(model, settings, {"temperature": 0.0}, terminal)
         conversation.run()

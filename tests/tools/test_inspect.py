@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from typing import Any
 
 import gguf
 import jax
@@ -33,9 +34,9 @@ def report(path):
 
 
 def shown(report: Report, width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width, highlight=False)
-    show(report, console)
-    return console.file.getvalue()
+    file = io.StringIO()
+    show(report, Console(file=file, width=width, highlight=False))
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("quant", ["Q4_K_M", "IQ2_XXS", "F32"])
@@ -87,7 +88,7 @@ def test_a_model_that_runs_has_no_problems(report):
 
 
 def test_the_room_on_a_device_is_what_the_weights_leave():
-    config = inspect(models.path(SHAPE, "F32")).config
+    config: Any = inspect(models.path(SHAPE, "F32")).config
     memory = Memory(weights=1000, sequence=100, token={"f32": 10, "bf16": 5})
 
     class Gpu:
