@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import enum
 import math
 import os
 import re
@@ -365,7 +364,8 @@ MIXES = {
 
 # The head, and a table that is also the head, get more bits than so coarse a type; so does the table alone.
 _TINY_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
-_HEAD = dict.fromkeys(("F32", "F16", "BF16", "Q8_0")) | dict.fromkeys(_TINY_TYPES, "Q5_K")
+_HEAD: dict[str, str] = {qtype: qtype for qtype in ("F32", "F16", "BF16", "Q8_0")}
+_HEAD |= dict.fromkeys(_TINY_TYPES, "Q5_K")
 _TABLE = dict.fromkeys(_TINY_TYPES, "Q2_K") | {
     "IQ2_S": "IQ3_S",
     "IQ3_XXS": "IQ3_S",
@@ -400,7 +400,7 @@ def _role(name: str) -> str:
 def _recipe(role: str, mix: Mix, index: int, count: int, *, tied: bool) -> str:
     """The type that llama.cpp's quantiser chooses for the `index`-th of `count` matrices of a role."""
     if role == "output" or (role == "token_embd" and tied):
-        return _HEAD.get(mix.base, "Q6_K") or mix.base
+        return _HEAD.get(mix.base, "Q6_K")
     if role == "token_embd":
         return _TABLE.get(mix.base, mix.base)
     return next((qtype for qtype, when in mix.roles.get(role, ()) if when(index, count)), mix.base)
@@ -451,12 +451,6 @@ def _larger(draw: Draw) -> Draw:
 # ------------------------------------------------------------------------------
 
 
-class _TypeId(enum.IntEnum):
-    """The id that gguf-py's own enumeration lacks."""
-
-    Q2_0 = 42
-
-
 def write(
     path: str | os.PathLike[str],
     shape: Shape | None = None,
@@ -503,9 +497,8 @@ def _write_header(path: Path, shape: Shape, metadata: Mapping[str, Any], tensors
     for key, value in metadata.items():
         _GGUF_ADD[type(value)](writer, key, value)
     for tensor in tensors:
-        known = gguf.GGMLQuantizationType.__members__
-        number = known[tensor.qtype] if tensor.qtype in known else _TypeId[tensor.qtype]
         size = tensor.rows * tensor.row_bytes
+        number: Any = ggml.TYPE_IDS[tensor.qtype]  # gguf-py has no name for every one of them
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

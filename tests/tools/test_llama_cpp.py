@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib
 import os
 
 import gguf
@@ -9,7 +10,6 @@ import models
 import numpy as np
 import oracle
 import pytest
-from numpy._core import _multiarray_umath
 from support import relative_l2
 
 from scarlet_jax.errors import BadInput
@@ -95,7 +95,7 @@ def test_a_library_that_is_not_llama_cpp_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"text\.so: cannot load it as a llama\.cpp library"):
         ggml.library(tmp_path / "text.so")
     with pytest.raises(BadInput, match=r"not a usable llama\.cpp library: it lacks ggml_"):
-        ggml.library(_multiarray_umath.__file__)  # an extension module with other symbols
+        ggml.library(importlib.import_module("numpy._core._multiarray_umath").__file__)  # other symbols
 
 
 DEFAULTS = {

@@ -83,6 +83,15 @@ def test_every_axis_is_free(change, tmp_path):
     assert relative_l2(logits, oracle.forward(path, TOKENS[:7])[0]) < 2e-5
 
 
+def test_separate_scales_leave_the_products_as_they_were(tmp_path):
+    logits = []
+    for scales in (False, True):
+        path = synth.write(tmp_path / "m.gguf", dataclasses.replace(PACKABLE, scales=scales))
+        with llama_cpp.Engine(path) as engine:
+            logits.append(engine.decode(TOKENS[:7]))
+    assert relative_l2(*logits) < 2e-5  # as two roundings of one model
+
+
 def test_numbers_are_those_of_a_working_model():
     """Nothing dies out or explodes in 24 layers, logits are spread, a tied head does not echo its input."""
     shape = Shape(block_count=24, tied=True, vocab_size=2000)
@@ -192,6 +201,8 @@ def test_files_are_reproducible_byte_by_byte(tmp_path):
 
 def test_tensors_larger_than_a_chunk_are_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(synth, "CHUNK_ELEMENTS", 1000)  # 3 rows of 256 at a time
+    chunks = list(synth._chunks(synth.plan(PACKABLE)))
+    assert max(rows * tensor.shape[-1] for tensor, _, rows in chunks) <= 1000  # memory stays bounded
     weights = oracle.load(synth.write(tmp_path / "m.gguf", PACKABLE)).weights
     rows = weights["blk.0.ffn_gate.weight"]
     assert len(np.unique(rows)) > 0.99 * rows.size  # no chunk is missing and none occurs twice

@@ -265,7 +265,8 @@ def _batch(
         "seq_id": (ctypes.POINTER(ctypes.c_int32) * count)(*each),
         "logits": (ctypes.c_int8 * count)(*wanted),
     }
-    kinds = dict(ggml.Batch._fields_)
+    fields: Any = ggml.Batch._fields_
+    kinds = dict(fields)
     pointers = {name: ctypes.cast(column, kinds[name]) for name, column in columns.items()}
     return ggml.Batch(n_tokens=count, **pointers), (columns, owners)
 
@@ -309,8 +310,8 @@ def taps(
     """
     recorder = _Recorder(re.compile(select or ""))
     passes = steps.split(tokens, decode)
-    room = {"n_ctx": len(tokens), "n_ubatch": len(tokens)}
-    with Engine(path, **(room | options), observe=recorder.see, wants=recorder.wants) as engine:
+    options = {"n_ctx": len(tokens), "n_ubatch": len(tokens)} | options
+    with Engine(path, observe=recorder.see, wants=recorder.wants, **options) as engine:
         recorder.conv_kernel = int(engine.model.metadata(f"{engine.model.architecture}.ssm.conv_kernel") or 0)
         joined = steps.join((len(part), recorder.record(engine, part)) for part in passes)
         return joined, recorder.weights, engine.lib.version

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def taps(
     time, the others in one pass; `steps.join` puts the parts together. Raises BadInput as `scarlet_jax.load`.
     """
     passes = steps.split(tokens, decode)
-    model = scarlet_jax.load(path)
+    model = scarlet_jax.load(Path(path))
     parts = []
     state, seen = None, 0
     for part in passes:
