@@ -12,19 +12,47 @@ from support import relative_l2
 import scarlet_jax
 from scarlet_jax import BadInput
 from scarlet_jax import model as engine
+from scarlet_jax.ops.implementations import IMPLEMENTATIONS
 
 # f32 arithmetic over a few layers: llama.cpp itself is 2e-6 from the float64 truth on these models, and an
 # error that a fault makes is orders of magnitude larger.
 TOLERANCE = 1e-5
 LENGTHS = [1, 2, 63, 64, 65, 200]
 
+# Layers by one kernel each where there are kernels for this machine, and layers step by step.
+every_implementation = pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+        for name, module in IMPLEMENTATIONS.items()
+        for reason in [module.unavailable()]
+    ],
+)
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
 def assert_taps_agree(ours, truth, tolerance=TOLERANCE):
+    truth = ours_named(truth)
     assert not set(truth) - set(ours)
     errors = {name: relative_l2(visible(ours[name], truth[name]), truth[name]) for name in truth}
     assert not {name: error for name, error in errors.items() if not error < tolerance}
+
+
+def ours_named(theirs):
+    """llama.cpp's taps, less fused products (their parts are tapped too) and products before a weight's scale."""
+    scaled = {name.replace("_s-", "-"): x for name, x in theirs.items() if "_s-" in name}
+    return {name: x for name, x in theirs.items() if "_s-" not in name and "wqkv-" not in name} | scaled
+
+
+def whole_products(taps):
+    """With a separate `X.scale`, llama.cpp taps `ffn_gate` before it and `ffn_gate_s` after: ours is after.
+
+    Where q, k and v are one tensor, their joint product is tapped too, as `wqkv`: we have its parts.
+    """
+    scaled = {name.replace("_s-", "-"): x for name, x in taps.items() if "_s-" in name}
+    return {
+        name: x for name, x in taps.items() if "_s-" not in name and not name.startswith("wqkv-")
+    } | scaled
 
 
 def visible(ours, truth):
@@ -37,9 +65,32 @@ def visible(ours, truth):
 def test_every_tap_of_a_prompt_against_float64(shape, count):
     ids = tokens(shape, count)
     logits, truth = oracle.forward(path(shape), ids)
-    assert_taps_agree(model(shape).taps(ids), truth)
-    padded, _ = model(shape).forward(ids)
-    assert relative_l2(padded, logits) < TOLERANCE
+    ours, _, taps = model(shape).forward_with_taps(ids)
+    assert_taps_agree(taps, truth)
+    assert relative_l2(ours, logits) < TOLERANCE
+
+
+@every_implementation
+@every_shape
+@pytest.mark.parametrize("count", LENGTHS)
+def test_logits_of_a_prompt_against_float64(shape, count, implementation):
+    """Padded, as a batch of one, and without taps: whole layers at once where the implementation can."""
+    ids = tokens(shape, count)
+    logits, _ = model(shape, implementation=implementation).forward(ids)
+    assert relative_l2(logits, oracle.forward(path(shape), ids)[0]) < TOLERANCE
+
+
+@every_implementation
+@every_shape
+@pytest.mark.parametrize("before", [1, 64, 70])
+def test_logits_of_decoding_against_float64(shape, before, implementation):
+    """Token by token, then three at once; each state consumed."""
+    ids = tokens(shape, before + 5)
+    ours = model(shape, implementation=implementation)
+    _, state = ours.forward(ids[:before])
+    for start, stop in [(before, before + 1), (before + 1, before + 2), (before + 2, before + 5)]:
+        logits, state = ours.last_logits(ids[start:stop], state, consume=True)
+        assert relative_l2(logits, oracle.forward(path(shape), ids[:stop])[0][-1]) < TOLERANCE
 
 
 @every_shape
@@ -55,18 +106,20 @@ def test_every_tap_of_decoding_against_float64(shape, before):
         assert relative_l2(logits, expected) < TOLERANCE
 
 
+@every_implementation
 @every_shape
-def test_long_prompt_in_pieces(shape):
+def test_long_prompt_in_pieces(shape, implementation):
     """Longer than what is computed at once, and than the first cache."""
     ids = tokens(shape, 2 * engine.PIECE + 3)
     expected, truth = oracle.forward(path(shape), ids)
-    logits, state = model(shape).forward(ids)
+    ours = model(shape, implementation=implementation)
+    logits, state = ours.forward(ids)
     assert relative_l2(logits, expected) < TOLERANCE
     assert_state_is(state, truth)
 
     state = None
     for part in np.split(ids, [1, 70, 300, 301, 900]):
-        logits, state = model(shape).forward(part, state)
+        logits, state = ours.forward(part, state)
     assert relative_l2(logits, expected[900:]) < TOLERANCE
     assert_state_is(state, truth)
 
@@ -83,26 +136,30 @@ def assert_state_is(state, truth):
             assert not np.asarray(block.k[0, count:]).any()
 
 
+@every_implementation
 @every_shape
-def test_padding_leaves_no_trace(shape):
+def test_padding_leaves_no_trace(shape, implementation):
     """Whatever the padding holds, the state is the same to the last bit."""
     m, ids = model(shape), tokens(shape, 64).astype(np.int32)[None]
     count = np.array([41], np.int32)
 
     def state_after(padding):
         padded = np.where(np.arange(64) < 41, ids, padding)
-        return engine.trunk(m.weights, padded, count, m.init_state(1, 64), m.config).state
+        state = m.init_state(1, 64)
+        return engine.trunk(m.weights, padded, count, state, m.config, implementation=implementation).state
 
     jax.tree.map(np.testing.assert_array_equal, state_after(0), state_after(77))
 
 
+@every_implementation
 @every_shape
-def test_batch_of_different_lengths_is_each_alone(shape):
+def test_batch_of_different_lengths_is_each_alone(shape, implementation):
+    ours = model(shape, implementation=implementation)
     rows = [tokens(shape, n, seed=n) for n in (5, 70, 1)]
     more = [tokens(shape, n, seed=n) for n in (3, 1, 9)]
-    together, state = model(shape).forward(rows)
-    after, _ = model(shape).forward(more, state)
-    last, _ = model(shape).last_logits(more, state)
+    together, state = ours.forward(rows)
+    after, _ = ours.forward(more, state)
+    last, _ = ours.last_logits(more, state)
     for i, (row, rest) in enumerate(zip(rows, more, strict=True)):
         expected, _ = oracle.forward(path(shape), [*row, *rest])
         assert relative_l2(together[i, : len(row)], expected[: len(row)]) < TOLERANCE
@@ -136,8 +193,10 @@ def test_lengths_of_a_bucket_compile_once():
     assert engine.run_block._cache_size() == compiled
 
 
-def test_a_state_is_a_snapshot_until_it_is_consumed():
-    m, shape = model(SHAPES["untied"]), SHAPES["untied"]
+@every_implementation
+def test_a_state_is_a_snapshot_until_it_is_consumed(implementation):
+    shape = SHAPES["untied"]
+    m = model(shape, implementation=implementation)
     ids = tokens(shape, 12)
     _, state = m.forward(ids[:9])
     once, _ = m.last_logits(ids[9:], state)
@@ -175,15 +234,7 @@ def test_every_tap_against_llama_cpp(shape, count):
     from scarlet_jax.tools.engines import llama_cpp
 
     ids = tokens(shape, count)
-    theirs, _, _ = llama_cpp.taps(path(shape), ids)
-    fused = {
-        name for name in theirs if name.startswith("wqkv-")
-    }  # the fused product; its parts are tapped too
-    scaled = {
-        name.replace("_s-", "-"): x for name, x in theirs.items() if "_s-" in name
-    }  # after an `X.scale`
-    named = {name: x for name, x in theirs.items() if name not in fused and "_s-" not in name}
-    assert_taps_agree(model(shape).taps(ids), named | scaled)
+    assert_taps_agree(model(shape).taps(ids), llama_cpp.taps(path(shape), ids)[0])
 
 
 @every_shape
@@ -219,15 +270,17 @@ def test_greedy_tokens_equal_llama_cpp(shape):
             theirs = reference.decode(ids[-1:])[-1]
 
 
+@every_implementation
 @pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16"])
-def test_a_narrow_cache_rounds_keys_and_values_alone(kv_dtype):
+def test_a_narrow_cache_rounds_keys_and_values_alone(kv_dtype, implementation):
     shape = SHAPES["untied"]
     ids = tokens(shape, 50)
     expected, _ = oracle.forward(path(shape), ids)
-    narrow = scarlet_jax.load(path(shape), kv_dtype=kv_dtype)
-    logits, state = narrow.forward(ids)
+    narrow = scarlet_jax.load(path(shape), kv_dtype=kv_dtype, implementation=implementation)
+    _, state = narrow.forward(ids[:30])
+    logits, state = narrow.forward(ids[30:], state)
     # Rounding to 11 or 8 bits of mantissa, averaged over the cache.
-    assert TOLERANCE < relative_l2(logits, expected) < {"float16": 2e-3, "bfloat16": 2e-2}[kv_dtype]
+    assert TOLERANCE < relative_l2(logits, expected[30:]) < {"float16": 2e-3, "bfloat16": 2e-2}[kv_dtype]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.blocks)} == {"float32", kv_dtype}
 
 
