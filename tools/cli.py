@@ -27,6 +27,8 @@ COMMANDS = {
     "taps": Command(
         "scarlet_jax.tools.taps", "write all activations of a prompt to a dump, by one of three engines"
     ),
+    "parity": Command("scarlet_jax.tools.parity.command", "name the operation that two engines disagree on"),
+    "audit": Command("scarlet_jax.tools.audit", "decode every tensor twice, and say what was ever verified"),
     "bench": Command("scarlet_jax.tools.bench", "how fast a model runs, beside llama.cpp on the same file"),
     "synth": Command("scarlet_jax.tools.synth", "make a random model of a real shape"),
 }

@@ -1,7 +1,7 @@
 """The fault benchmark: injects every fault, asks the analyzer, prints a confusion matrix.
 
-    OMP_NUM_THREADS=1 python tests/faults/run.py            # faults on three tiny models, with and without the file
-    OMP_NUM_THREADS=1 python tests/faults/run.py --clean    # pairs without a fault, of real engines
+OMP_NUM_THREADS=1 python tests/faults/run.py            # faults on three tiny models, with and without the file
+OMP_NUM_THREADS=1 python tests/faults/run.py --clean    # pairs without a fault, of real engines
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def dump(model: oracle.Model, tokens: np.ndarray, noise: int = 0) -> Dump:
         _, taps = oracle.forward(model, tokens)
     rng = np.random.default_rng(noise)
     shaken = {
-        name: (x * (1 + 2**-24 * rng.standard_normal(x.shape))).astype(np.float32) if noise else x.astype(np.float32)
+        name: (x * (1 + 2**-24 * rng.standard_normal(x.shape))).astype(np.float32)
+        if noise
+        else x.astype(np.float32)
         for name, x in taps.items()
     }
     return Dump(shaken, engine="test", arch="qwen35", tokens=tokens.tolist(), config={})
@@ -67,7 +69,9 @@ def outcomes(sizes: str, settings: tuple[str, ...], only: str = "") -> Iterator[
         for fault in catalogue.FAULTS:
             if only not in fault.name:
                 continue
-            tokens = np.random.default_rng([len(fault.name), ord(size)]).integers(0, tiny.SIZES[size]["V"], fault.tokens)
+            tokens = np.random.default_rng([len(fault.name), ord(size)]).integers(
+                0, tiny.SIZES[size]["V"], fault.tokens
+            )
             reference = dump(model, tokens, noise=1)
             with catalogue.apply(fault, model) as broken:
                 ours = dump(broken, tokens, noise=2)
@@ -100,7 +104,11 @@ def table(results: list[Outcome]) -> str:
         groups[r.group].append(r)
     for group, rows in [*groups.items(), ("all", results)]:
         named = [r for r in rows if r.cause is not None]
-        shares = [np.mean([r.verdict for r in rows]), np.mean([r.first for r in rows]), np.mean([r.klass for r in rows])]
+        shares = [
+            np.mean([r.verdict for r in rows]),
+            np.mean([r.first for r in rows]),
+            np.mean([r.klass for r in rows]),
+        ]
         shares += [len(named) / len(rows), np.mean([r.cause for r in named]) if named else np.nan]
         lines.append(f"{group:12}{len(rows):8}" + "".join(f"{share:8.1%}" for share in shares))
     return "\n".join(lines)
@@ -108,7 +116,9 @@ def table(results: list[Outcome]) -> str:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", default="abc")
     parser.add_argument("--only", default="", help="faults whose name contains this")
     parser.add_argument("--settings", default="dumps,model")
@@ -119,7 +129,10 @@ def main() -> None:
         wrong = [n for n in ("verdict", "first", "klass") if not getattr(outcome, n)]
         wrong += ["cause"] if outcome.cause is False else ["unnamed"] if outcome.cause is None else []
         if wrong:
-            print(f"{outcome.setting:9} {outcome.fault:28} {','.join(wrong):24} said: {outcome.said}", flush=True)
+            print(
+                f"{outcome.setting:9} {outcome.fault:28} {','.join(wrong):24} said: {outcome.said}",
+                flush=True,
+            )
     print(table(results))
     print(f"{len(results)} comparisons in {time.time() - start:.0f} s")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from scarlet_jax.tools.parity.dump import Dump
+from scarlet_jax.tools.parity.graph import visible
 
 Change = Callable[[np.ndarray], np.ndarray]
 _SAMPLE = 1 << 16  # elements compared when values have to choose between arrangements
@@ -79,6 +80,15 @@ def _same(x: np.ndarray) -> np.ndarray:
 
 
 def _match(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
+    match = _by_shape(name, ours, reference)
+    if match is None or not name.startswith("kq-"):
+        return match
+    return dataclasses.replace(
+        match, ours=lambda x: visible(match.ours(x)), reference=lambda x: visible(match.reference(x))
+    )
+
+
+def _by_shape(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
     if ours.shape == reference.shape:
         return Match(name, _same, _same, "as-is")
     if ours.size == reference.size:

@@ -27,7 +27,9 @@ def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump]) -> None:
     attended = [t for t in taps if t.op in ("kq", "kqv", "attn_pregate") and t.kind == "attention"]
     found = []
     for side in (0, 1):
-        matmul, loose = _best(pair, side, products, [Arithmetic(matmul=m) for m in ("partner", "bf16", "tf32")])
+        matmul, loose = _best(
+            pair, side, products, [Arithmetic(matmul=m) for m in ("partner", "bf16", "tf32")]
+        )
         kv, loose_kv = _best(pair, side, attended, [Arithmetic(kv=k) for k in KV_ROUNDING])
         names = tuple(name for name, is_loose in (("matmul", loose), ("kv", loose_kv)) if is_loose)
         found.append(Arithmetic(matmul.matmul, kv.kv, names))

@@ -35,10 +35,13 @@ def hypotheses(case: Any, weights: Any, make: Callable[..., Any]) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Product:
-    """A sample of the broken product: residual (T, rows), inputs (T, in), the rows' blocks in parts."""
+    """A sample of the broken product: residual (T, rows), inputs (T, in), the rows' blocks in parts.
+
+    A looked-up row is its own product: `inputs` is None, and the rows are those of the tokens.
+    """
 
     residual: np.ndarray
-    inputs: np.ndarray
+    inputs: np.ndarray | None
     parts: Parts
     qtype: str
     right: np.ndarray
@@ -49,7 +52,7 @@ class _Product:
         """How much of the residual the wrongly decoded weights (blocks, E) explain."""
         with np.errstate(all="ignore"):
             wrong = decoded.reshape(self.right.shape).astype(np.float64) * self.gain - self.right
-            left = self.residual - self.inputs @ wrong.T
+            left = self.residual - (wrong if self.inputs is None else self.inputs @ wrong.T)
         energy = float((self.residual**2).sum())
         if not energy or not np.isfinite(left).all():
             return 0.0
@@ -57,28 +60,33 @@ class _Product:
 
 
 def _product(case: Any, weights: Any) -> _Product | None:
-    if not case.op.linear or not hasattr(weights, "raw") or case.view is None:
+    looked_up = case.op.klass == "embedding"
+    if not (case.op.linear or looked_up) or not hasattr(weights, "raw") or case.view is None:
         return None
     layer = None if case.op.weight in ("output", "token_embd", "output_norm") else case.tap.layer
     key = (layer, case.op.weight)
     if key not in weights:
         return None
     raw, qtype = weights.raw(key)
-    inputs = _inputs(case)
     residual = case.residual.reshape(len(case.residual), -1)
-    if raw.ndim != 2 or inputs is None or residual.shape[1] != len(raw):
+    inputs = None if looked_up else _inputs(case)
+    if raw.ndim != 2 or (inputs is None and not looked_up):
         return None
-    rows = np.linspace(0, len(raw) - 1, min(_ROWS, len(raw))).astype(int)
-    tokens = np.linspace(0, len(inputs) - 1, min(_TOKENS, len(inputs))).astype(int)
+    tokens = np.linspace(0, len(residual) - 1, min(_TOKENS, len(residual))).astype(int)
+    if looked_up:
+        rows, columns = np.asarray(case.view.facts.tokens)[tokens], slice(None)
+    else:
+        rows = np.linspace(0, len(raw) - 1, min(_ROWS, len(raw))).astype(int)
+        columns, inputs = rows, inputs[tokens]
     parts = _parts(raw[rows], qtype)
-    if parts is None:
+    if parts is None or (not looked_up and residual.shape[1] != len(raw)):
         return None
     right = weights[key][rows].astype(np.float64)
     plain = parts.decode().reshape(right.shape)
     gain = float((plain * right).sum() / max((plain.astype(np.float64) ** 2).sum(), 1e-300))
-    sample = residual[np.ix_(tokens, rows)]
+    sample = residual[tokens][:, columns]
     floor = case.floor * (sample.size / max(1, residual.size)) ** 0.5
-    return _Product(sample, inputs[tokens], parts, qtype, right, floor, gain)
+    return _Product(sample, inputs, parts, qtype, right, floor, gain)
 
 
 def _parts(rows: np.ndarray, qtype: str) -> Parts | None:
@@ -130,7 +138,9 @@ def _orders(parts: Parts) -> Iterator[Mistake]:
     for length in (16, 32, 64, 128, 256):
         if elements % length:
             continue
-        halves = np.arange(length).reshape(2, -1).T.ravel()  # 0, h, 1, h+1, ...: neighbours in a byte kept together
+        halves = (
+            np.arange(length).reshape(2, -1).T.ravel()
+        )  # 0, h, 1, h+1, ...: neighbours in a byte kept together
         back = np.argsort(halves)
         swapped = np.roll(np.arange(length), length // 2)
         for label, order in (("neighbours", halves), ("halves", back), ("low and high swapped", swapped)):
@@ -159,11 +169,19 @@ def _high_bits(parts: Parts, short: str) -> Iterator[Mistake]:
     name = f"{short}-high-bit"
     for label, which in taken.items():
         index = np.clip(which, 0, planes - 1)[None, :, None].repeat(len(parts.low), 0)
-        yield name, f"high bits: {label}", parts.decode(high=np.take_along_axis(parts.planes, index, -1)[..., 0])
+        yield (
+            name,
+            f"high bits: {label}",
+            parts.decode(high=np.take_along_axis(parts.planes, index, -1)[..., 0]),
+        )
     yield name, "high bits: dropped", parts.decode(high=0 * parts.high)
     yield name, "high bits: inverted", parts.decode(high=parts.planes.max(initial=1) - parts.high)
     if planes == 8 and parts.low.shape[1] == 256:
-        yield name, "high bits: read along the bytes, eight elements each", parts.decode(high=_along_bytes(parts))
+        yield (
+            name,
+            "high bits: read along the bytes, eight elements each",
+            parts.decode(high=_along_bytes(parts)),
+        )
 
 
 def _along_bytes(parts: Parts) -> np.ndarray:
@@ -228,11 +246,15 @@ def _unpackings(parts: Parts, name: str) -> Iterator[Mistake]:
         wide_s, wide_m = np.repeat(d * s, 32, axis=1), np.repeat(dmin * m, 32, axis=1)
         yield name, f"scales {label}", parts.decode(scale=wide_s, minimum=wide_m)
     wide = np.repeat(d * scales, 32, axis=1)
-    yield name, "d and dmin exchanged", parts.decode(
-        scale=np.repeat(dmin * scales, 32, axis=1), minimum=np.repeat(d * minima, 32, axis=1)
+    yield (
+        name,
+        "d and dmin exchanged",
+        parts.decode(scale=np.repeat(dmin * scales, 32, axis=1), minimum=np.repeat(d * minima, 32, axis=1)),
     )
-    yield f"{name.removesuffix('-scale')}-min", "minima not scaled by theirs", parts.decode(
-        scale=wide, minimum=np.repeat(np.broadcast_to(dmin, minima.shape), 32, axis=1)
+    yield (
+        f"{name.removesuffix('-scale')}-min",
+        "minima not scaled by theirs",
+        parts.decode(scale=wide, minimum=np.repeat(np.broadcast_to(dmin, minima.shape), 32, axis=1)),
     )
 
 
@@ -261,7 +283,7 @@ def _regression(product: _Product) -> Iterator[tuple[str, float, str, str, int]]
     """The residual on every (sub-block, bit plane): which plane is read where."""
     parts = product.parts
     planes = parts.planes.shape[-1]
-    if not 0 < planes <= 8:
+    if not 0 < planes <= 8 or product.inputs is None:
         return
     rows, width = product.right.shape
     elements = parts.low.shape[1]

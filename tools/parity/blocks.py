@@ -91,7 +91,9 @@ def _simple(low: np.ndarray, scale: np.ndarray, **rest) -> Parts:
     wide = np.broadcast_to(scale, (n, elements))
     minimum = rest.pop("minimum", None)
     minimum = None if minimum is None else np.broadcast_to(minimum, (n, elements))
-    return Parts(low, rest.pop("planes", planes), rest.pop("own", own), rest.pop("step", 0), wide, minimum, **rest)
+    return Parts(
+        low, rest.pop("planes", planes), rest.pop("own", own), rest.pop("step", 0), wide, minimum, **rest
+    )
 
 
 def _bits32(qh: np.ndarray) -> dict:
@@ -163,7 +165,12 @@ def _q5_k(b: np.ndarray) -> Parts:
 
 def _q6_k(b: np.ndarray) -> Parts:
     n = len(b)
-    ql, qh, sc, d = b[:, :128].reshape(n, 2, 64), b[:, 128:192].reshape(n, 2, 32), b[:, 192:208], _f16(b[:, 208:])
+    ql, qh, sc, d = (
+        b[:, :128].reshape(n, 2, 64),
+        b[:, 128:192].reshape(n, 2, 32),
+        b[:, 192:208],
+        _f16(b[:, 208:]),
+    )
     low = np.concatenate([ql & 15, ql >> 4], axis=2).reshape(n, 256).astype(np.int32)
     pairs = ((qh[..., None] >> (2 * np.arange(4, dtype=np.uint8))) & 3).astype(np.int32)  # (n, 2, 32, 4)
     planes = np.tile(pairs, (1, 1, 4, 1)).reshape(n, 256, 4)
@@ -188,7 +195,9 @@ def _q3_k(b: np.ndarray) -> Parts:
     hm, qs, sc, d = b[:, :32], b[:, 32:96], b[:, 96:108], _f16(b[:, 108:110])
     j = np.arange(16)
     low = np.concatenate([sc[:, :8] & 15, sc[:, :8] >> 4], axis=1)
-    scales = (low | (((sc[:, 8 + j % 4] >> (2 * (j // 4)).astype(np.uint8)) & 3) << 4)).astype(np.int8) - np.int8(32)
+    scales = (low | (((sc[:, 8 + j % 4] >> (2 * (j // 4)).astype(np.uint8)) & 3) << 4)).astype(
+        np.int8
+    ) - np.int8(32)
     bits = ((hm[:, :, None] >> np.arange(8, dtype=np.uint8)) & 1).astype(np.int32)
     return _simple(
         _two_bits(qs),

@@ -40,7 +40,7 @@ class Hypothesis:
             "name": self.name,
             "evidence": self.evidence,
             "confidence": round(float(max(0.0, min(1.0, self.explained))), 4),
-            "kind": self.kind,
+            "kind": "place" if self.name in _PLACES else self.kind,
         }
 
 
@@ -66,19 +66,41 @@ class Case:
 
 
 def name(pair: Pair, taps: Sequence[Tap], first: Tap, weights: Any = None) -> dict[str, Any] | None:
-    """The cause of the first broken tap, or None where nothing explains it."""
-    case = _case(pair, first)
-    if first.metrics.not_finite[0]:
-        return _not_finite(case).as_cause()
+    """The cause of the first broken tap, or None where nothing explains it.
+
+    Where only the place of the error shows at the first tap, later taps broken the same way (one operation,
+    or one quant type) may show more.
+    """
+    alike = [
+        t
+        for t in taps
+        if t.broken and t is not first and (t.op == first.op or (t.qtype and t.qtype == first.qtype))
+    ]
+    best: Hypothesis | None = None
+    for tap in [first, *alike[:2]]:
+        found = _explain(pair, tap, weights)
+        if found is not None and (best is None or found.simplicity < best.simplicity):
+            best = found
+        if best is not None and best.simplicity <= 4:
+            break
+    return best.as_cause() if best else None
+
+
+# Findings that say where the error sits, which is no cause: told in words beside it.
+_PLACES = ("some-tokens", "some-heads", "channel-range", "channel-period", "late-tokens", "early-tokens")
+
+
+def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
+    case = _case(pair, tap)
+    if tap.metrics.not_finite[0]:
+        return _not_finite(case)
     found = [*_variants(case), *structure.hypotheses(case, pair, Hypothesis)]
     found += [*swaps.other_taps(case, pair, Hypothesis), *swaps.other_inputs(case, Hypothesis)]
     if weights is not None and case.op is not None and case.op.weight:
         found += swaps.other_weights(case, weights, Hypothesis)
-        found += bits.hypotheses(case, weights, Hypothesis) if first.qtype else []
+        found += bits.hypotheses(case, weights, Hypothesis) if tap.qtype else []
     good = [h for h in found if h.explained >= ENOUGH]
-    if not good:
-        return None
-    return _best(good).as_cause()
+    return _best(good) if good else None
 
 
 def _best(found: Sequence[Hypothesis]) -> Hypothesis:

@@ -52,11 +52,12 @@ def compare(
         BadInput: a file is not a dump, or the two share no tap.
     """
     dumps = [names.rename(d if isinstance(d, Dump) else read(d), mapping) for d in (ours, reference)]
-    weights = _weights(model)
+    weights = open_weights(model)
     return Comparison(dumps[0], dumps[1], weights).report()
 
 
-def _weights(model: Any) -> Any:
+def open_weights(model: Any) -> Any:
+    """A model file as weights; anything else (weights already, or None) as it is."""
     if isinstance(model, str | os.PathLike):
         from scarlet_jax.tools.parity.weights import ModelWeights
 
@@ -110,6 +111,9 @@ class Comparison:
             cause = causes.name(self.pair, self.taps, first, self.weights)
             if cause and cause["kind"] == "quantisation":
                 label, first, factor = verdict.decide(self.taps, prefer="qtype")
+            if cause and cause["kind"] == "place":
+                self.notes.append(f"{first.name}: {cause['evidence']}")
+                cause = None
         return self._result(label, first, factor, cause)
 
     def _pair(self) -> local.Pair:

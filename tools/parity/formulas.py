@@ -92,7 +92,18 @@ def mix(probabilities: np.ndarray, v: np.ndarray, read: np.ndarray) -> np.ndarra
 
 
 def delta_rule(
-    q, k, v, g, beta, state, *, rounding=None, decay_last=False, correct=True, read_first=False, read_before=False
+    q,
+    k,
+    v,
+    g,
+    beta,
+    state,
+    *,
+    rounding=None,
+    decay_last=False,
+    correct=True,
+    read_first=False,
+    read_before=False,
 ):
     """The gated delta rule, token by token (Yang et al., 2024), and its known misreadings.
 

@@ -966,7 +966,14 @@ def _kq(v: Any, other_heads: bool = False) -> np.ndarray:
     if v.facts.cut or v.facts.first_position:
         raise Missing("the keys of earlier tokens")
     q, k = heads(v("Qcur"), v.facts.head_dim), heads(v("Kcur"), v.facts.head_dim)
-    return f.scores(v.kv(q), v.kv(k), _read(v, q.shape[1], k.shape[1], other_heads))
+    return visible(f.scores(v.kv(q), v.kv(k), _read(v, q.shape[1], k.shape[1], other_heads)))
+
+
+def visible(kq: np.ndarray) -> np.ndarray:
+    """Scores (T, N, S) with those of keys to come set to zero: engines may or may not compute them."""
+    if kq.ndim != 3 or kq.shape[0] != kq.shape[2]:
+        return kq
+    return np.where(f.causal_mask(len(kq), len(kq))[:, None], kq, kq.dtype.type(0))
 
 
 def _probabilities(v: Any, *, scale: float | None = None, mask: np.ndarray | None = None) -> np.ndarray:
@@ -985,7 +992,9 @@ def _values(v: Any, other_heads: bool = False) -> np.ndarray:
     if v.facts.cut or v.facts.first_position:
         raise Missing("the values of earlier tokens")
     p, values = v("kq_soft_max"), heads(v("Vcur"), v.facts.head_dim)
-    return f.mix(v.kv(p[:, :, : len(values)]), v.kv(values), _read(v, p.shape[1], values.shape[1], other_heads))
+    return f.mix(
+        v.kv(p[:, :, : len(values)]), v.kv(values), _read(v, p.shape[1], values.shape[1], other_heads)
+    )
 
 
 _SOFTMAX_FAULTS: dict[str, Run] = {

@@ -143,8 +143,8 @@ def _span(
             how = partner(run.qtypes.get((layer, op.weight), "" if run.qtypes else "Q4_K"))
             if how is not None:
                 rounding = np.hypot(rounding, _rows(how(inputs) - inputs))
-    # 3: a matrix may answer an arbitrary direction more than the directions that its inputs take.
-    per_token = 3 * gain * np.hypot(_rows(left_over), rounding) / size
+    # A matrix may answer an arbitrary direction more than the directions that its inputs take.
+    per_token = 1.5 * gain * np.hypot(_rows(left_over), rounding) / size
     depth = x.shape[1] ** 0.5
     f32 = (
         EPS32

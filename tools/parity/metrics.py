@@ -65,12 +65,11 @@ def head_curve(ours: np.ndarray, ref: np.ndarray) -> np.ndarray:
     if ours.ndim < 2 or not ours.size:
         return np.zeros(0)
     groups = ours.shape[1] if ours.ndim == 3 else max(n for n in range(1, 65) if ours.shape[1] % n == 0)
-    cut = (len(ours), groups, -1)
     difference, energy = np.zeros(groups), np.zeros(groups)
     step = max(1, _CHUNK // max(1, ours[0].size))
     for start in range(0, len(ours), step):
         rows = slice(start, start + step)
-        a, b = ours[rows].reshape(-1, *cut[1:]), ref[rows].reshape(-1, *cut[1:])
+        a, b = (x[rows].reshape(len(x[rows]), groups, -1) for x in (ours, ref))
         a, b = _finite(a.astype(np.float64), b.astype(np.float64))
         difference += ((a - b) ** 2).sum(axis=(0, 2))
         energy += (b * b).sum(axis=(0, 2))

@@ -23,19 +23,7 @@ def hypotheses(case: Any, pair: Any, make: Make) -> list[Any]:
     if not case.ours.size or not np.isfinite(case.ours).all() or not np.isfinite(case.right).all():
         return []
     found: list[Any] = []
-    for look in (
-        _zeros,
-        _gain,
-        _bias,
-        _channel_gain,
-        _token_gain,
-        _shift,
-        _heads,
-        _channels,
-        _precision,
-        _clip,
-        _part,
-    ):
+    for look in _LOOKS:
         with np.errstate(all="ignore"):
             found += [make(*h) for h in look(case, pair)]
     return found
@@ -116,13 +104,7 @@ def _channel_gain(case: Any, _: Any) -> Found:
     p, y = case.right[fit], case.ours[fit]
     gain = (p * y).sum(axis=0) / np.maximum((p * p).sum(axis=0), 1e-300)
     name = "norm-weight" if case.op is not None and case.op.klass == "norm" else "channel-gain"
-    yield (
-        name,
-        _share(case, gain * case.right, held),
-        "each channel has its own constant gain",
-        "structure",
-        3,
-    )
+    yield name, _share(case, gain * case.right, held), "each channel has its own gain", "structure", 8
     if case.ours.ndim == 3:
         gain = (p * y).sum(axis=(0, 2)) / np.maximum((p * p).sum(axis=(0, 2)), 1e-300)
         text = f"each head has its own constant gain, {gain.min():.3g} to {gain.max():.3g}"
@@ -200,7 +182,8 @@ def _channels(case: Any, _: Any) -> Found:
         named["halves for interleaved"] = np.arange(n).reshape(-1, 2).T.ravel()
         named["neighbours swapped"] = np.arange(n).reshape(-1, 2)[:, ::-1].ravel()
     for label, order in named.items():
-        yield "channel-permutation", _share(case, case.right[..., order]), f"channels {label}", "structure", 2
+        explained = _share(case, case.right[..., order])
+        yield _order_name(case, order), explained, f"channels {label}", "structure", 2
     if 8 <= n <= 2048 and case.ours.size // n >= 6:
         fit, held = _halves(case)
         a, b = (x[fit].reshape(-1, n).T for x in (case.ours, case.right))
@@ -208,7 +191,21 @@ def _channels(case: Any, _: Any) -> Found:
         order = linear_sum_assignment(cost)[1]
         if not (order == np.arange(n)).all():
             text = f"channels are exchanged: ours 0.. are the right {_listed(order)}"
-            yield "channel-permutation", _share(case, case.right[..., order], held), text, "structure", 4
+            yield _order_name(case, order), _share(case, case.right[..., order], held), text, "structure", 4
+
+
+def _order_name(case: Any, order: np.ndarray) -> str:
+    """Elements exchanged within the blocks of a quantised row that was looked up are its nibbles."""
+    n = len(order)
+    blocks = n % 32 == 0 and all(
+        (order.reshape(-1, size) // size == np.arange(n // size)[:, None]).all() for size in (32,)
+    )
+    looked_up = (
+        case.op is not None
+        and case.op.klass == "embedding"
+        and case.tap.qtype not in ("", "F32", "F16", "BF16")
+    )
+    return "nibble-order" if looked_up and blocks else "channel-permutation"
 
 
 def _precision(case: Any, _: Any) -> Found:
@@ -252,7 +249,13 @@ def _tokens_hit(case: Any, rows: np.ndarray) -> Found:
         yield "first-token", inside, "only the first token is wrong: what it starts from", "structure", 5
     elif bad[0] > 0 and len(bad) >= 0.8 * (tokens - bad[0]):
         name = "chunk-boundary" if bad[0] % 16 == 0 else "late-tokens"
-        yield name, inside, f"tokens 0 to {bad[0] - 1} are right, those from {bad[0]} on wrong", "structure", 5
+        yield (
+            name,
+            inside,
+            f"tokens 0 to {bad[0] - 1} are right, those from {bad[0]} on wrong",
+            "structure",
+            5,
+        )
     elif bad[-1] < tokens - 1 and len(bad) >= 0.8 * (bad[-1] + 1):
         yield "early-tokens", inside, f"only tokens 0 to {bad[-1]} are wrong", "structure", 5
     else:
@@ -304,7 +307,11 @@ def _rotation(case: Any, pair: Any) -> Found:
     facts = case.view.facts
     moved = np.abs(case.ours - x).max(axis=(0, 1)) > 1e-5 * np.abs(x).max()
     dims = int(np.flatnonzero(moved).max(initial=-1)) + 1
-    for pairs, adjacent in {((dims + 1) // 2, False), ((dims + 1) // 2, True), (facts.rotary // 2, facts.adjacent)}:
+    for pairs, adjacent in {
+        ((dims + 1) // 2, False),
+        ((dims + 1) // 2, True),
+        (facts.rotary // 2, facts.adjacent),
+    }:
         if not pairs or tokens < 3:
             continue
         angle = graph.fitted_angles(x[:, half], case.ours[:, half], pairs, adjacent)
@@ -314,17 +321,31 @@ def _rotation(case: Any, pair: Any) -> Found:
         yield *_angle_story(angle, pairs, adjacent, facts, explained), "structure", 3
 
 
-def _angle_story(angle: np.ndarray, pairs: int, adjacent: bool, facts: Any, explained: float) -> tuple[str, float, str]:
+def _angle_story(
+    angle: np.ndarray, pairs: int, adjacent: bool, facts: Any, explained: float
+) -> tuple[str, float, str]:
     if adjacent != facts.adjacent:
-        return "rope-pairing", explained, f"{'neighbouring' if adjacent else 'half-apart'} dims are rotated together"
+        return (
+            "rope-pairing",
+            explained,
+            f"{'neighbouring' if adjacent else 'half-apart'} dims are rotated together",
+        )
     if 2 * pairs != facts.rotary:
         return "rope-partial", explained, f"{2 * pairs} dims are rotated instead of {facts.rotary}"
     turn = np.angle(np.exp(1j * np.diff(angle, axis=0))).mean(axis=0)  # radians a token, for each pair
     if pairs > 1 and abs(turn[0] - 1) < 1e-3 and 0 < turn[1] < 1:
         base = turn[1] ** -pairs
         if facts.rope_base and abs(base / facts.rope_base - 1) > 1e-2:
-            return "rope-base", explained, f"the angles are those of base {base:.4g} instead of {facts.rope_base:g}"
-    return "rope-angle", explained, f"a rotation by other angles: {turn[:3].round(4).tolist()} radians a token"
+            return (
+                "rope-base",
+                explained,
+                f"the angles are those of base {base:.4g} instead of {facts.rope_base:g}",
+            )
+    return (
+        "rope-angle",
+        explained,
+        f"a rotation by other angles: {turn[:3].round(4).tolist()} radians a token",
+    )
 
 
 _LOOKS = (

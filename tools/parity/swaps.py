@@ -29,7 +29,9 @@ def other_taps(case: Any, pair: Any, make: Make) -> list[Any]:
             continue
         explained = _share(case, candidate.reshape(case.ours.shape))
         cause = _NAMED.get(frozenset((op, other)), "wrong-tap")
-        found.append(make(cause, explained, f"ours is the reference's {name}: {explained:.2%}", "structure", 4))
+        found.append(
+            make(cause, explained, f"ours is the reference's {name}: {explained:.2%}", "structure", 4)
+        )
     return found
 
 
@@ -58,11 +60,14 @@ def other_weights(case: Any, weights: Mapping, make: Make) -> list[Any]:
         found.append(make(cause, explained, f"re-run with {label}: {explained:.2%} explained", "swap", 1))
     for label, change in _rearrangements(case, shape):
         explained = _rerun(case, stem, change(np.asarray(weights[key])))
-        found.append(make("weight-layout", explained, f"re-run with the weight {label}: {explained:.2%}", "swap", 3))
+        cause = "head-permutation" if "heads" in label else "weight-layout"
+        found.append(make(cause, explained, f"re-run with the weight {label}: {explained:.2%}", "swap", 3))
     return found
 
 
-def _candidates(weights: Mapping, key: tuple[int | None, str]) -> Iterator[tuple[tuple[int | None, str], str]]:
+def _candidates(
+    weights: Mapping, key: tuple[int | None, str]
+) -> Iterator[tuple[tuple[int | None, str], str]]:
     layer, stem = key
     if layer is None:
         for other in ("token_embd", "output"):
@@ -93,7 +98,16 @@ _STEMS = (
 )
 
 
-def _rearrangements(case: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+def _rearrangements(
+    case: Any, shape: tuple[int, ...]
+) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    facts = case.view.facts
+    rows = shape[0] if shape else 0
+    for dim in sorted({1, facts.value_dim} - {0}):
+        for label, order in _head_orders(dim, facts):
+            index = order(rows)
+            if index is not None:
+                yield f"with its rows' heads of {dim} {label}", lambda w, index=index: w[index]
     if len(shape) == 2:
         yield "transposed and reshaped", lambda w: w.T.reshape(w.shape)
         yield "with rows reversed", lambda w: w[::-1]
@@ -114,7 +128,12 @@ def _rerun(case: Any, stem: str, weight: np.ndarray) -> float:
 
 def other_inputs(case: Any, make: Make) -> list[Any]:
     """A product whose input (or weight columns) has its heads in another order."""
-    if case.op is None or not case.op.linear or case.view is None or case.tap.klass not in ("ssm", "attention"):
+    if (
+        case.op is None
+        or not case.op.linear
+        or case.view is None
+        or case.tap.klass not in ("ssm", "attention")
+    ):
         return []
     facts, found = case.view.facts, []
     for dim in sorted({facts.value_dim, facts.head_dim, facts.key_dim} - {0, 1}):

@@ -68,15 +68,13 @@ def find_broken(taps: Sequence[Tap]) -> None:
     p_values = np.array([_p_value(tap.local) for tap in judged])
     for index in discoveries(p_values, FALSE_DISCOVERIES):
         judged[index].broken = True
-    by_name = {tap.name: tap for tap in taps}
     consumers: dict[str, list[Tap]] = {}
     for tap in judged:
         for name in tap.local.inputs:
             consumers.setdefault(name, []).append(tap)
-    for tap in judged:
-        if tap.metrics.not_finite[0] and not tap.metrics.not_finite[1]:
-            inputs = [by_name[n] for n in tap.local.inputs if n in by_name]
-            tap.broken = not any(t.metrics.not_finite[0] for t in inputs)
+    nan = [tap for tap in judged if tap.metrics.not_finite[0] and not tap.metrics.not_finite[1]]
+    for tap in nan:  # it spreads: only where it begins is something wrong
+        tap.broken = tap is nan[0]
     for tap in [tap for tap in judged if tap.broken]:
         _excuse(tap, consumers.get(tap.name, []))
     _lone_aliases(judged)

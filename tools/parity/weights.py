@@ -120,4 +120,6 @@ def decode(blocks: np.ndarray, qtype: str) -> np.ndarray:
 
         return to_float(qtype, np.ascontiguousarray(blocks))
     except (ImportError, KeyError, OSError):
-        raise BadInput(f"quant type {qtype}: no reference decoder here; expected gguf-py or llama.cpp") from None
+        raise BadInput(
+            f"quant type {qtype}: no reference decoder here; expected gguf-py or llama.cpp"
+        ) from None
