@@ -34,7 +34,8 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext):
         """Compile, or leave a note that says why not."""
-        folder = KERNELS if self.inplace else Path(self.get_ext_fullpath(ext.name)).parent
+        in_place = self.inplace or self.editable_mode
+        folder = KERNELS if in_place else Path(self.get_ext_fullpath(ext.name)).parent
         if failure := kernels.build_or_note(folder):
             print(f"scarlet_jax: the CPU kernels were not built: {failure}", file=sys.stderr)
 
