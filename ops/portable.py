@@ -1,4 +1,4 @@
-"""The product with packed weights in plain XLA: decode a tile of rows to f32, multiply, next tile.
+"""The product with weights of any kind in plain XLA: decode a tile of rows to f32, multiply, next tile.
 
 Runs wherever XLA runs, for every block format; the other implementations are compared with it.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from scarlet_jax.ops.einsum import einsum
@@ -25,9 +26,13 @@ def unavailable() -> None:
     """Why this implementation cannot run here: it always can."""
 
 
-def qmatmul(x: jax.Array, w: QTensor) -> jax.Array:
-    """`x @ w.T`: f32 (..., in), packed (out, in) -> f32 (..., out); `w.scale` is left to the caller."""
-    return matmul_by_tiles(x, jnp.asarray(w.blocks), lambda rows: decode(rows, w.qtype))
+def qmatmul(x: jax.Array, w: jax.Array | np.ndarray | QTensor) -> jax.Array:
+    """`x @ w.T`: f32 (..., in), (out, in) packed, F32, F16 or BF16 -> f32 (..., out), without `w.scale`."""
+    if isinstance(w, QTensor):
+        return matmul_by_tiles(x, jnp.asarray(w.blocks), lambda rows: decode(rows, w.qtype))
+    if w.dtype == jnp.float32:
+        return _product(x, jnp.asarray(w))
+    return matmul_by_tiles(x, jnp.asarray(w), lambda rows: rows.astype(jnp.float32))
 
 
 def matmul_by_tiles(x: jax.Array, rows: jax.Array, to_f32: Callable[[jax.Array], jax.Array]) -> jax.Array:

@@ -8,10 +8,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from scarlet_jax import config
+from scarlet_jax import config, taps
 from scarlet_jax.ops import attention as ops
-from scarlet_jax.ops import norm, rope
-from scarlet_jax.ops.matmul import linear
+from scarlet_jax.ops import implementations, norm, rope
+from scarlet_jax.ops.matmul import linear, linear_many
 from scarlet_jax.span import Span
 from scarlet_jax.taps import tap
 from scarlet_jax.types import Array, Weight
@@ -65,6 +65,29 @@ def init_state(cfg: config.Attention, batch: int, slots: int, dtype: jax.typing.
 
 def mix(w: Weights, x: Array, state: State, span: Span, *, cfg: config.Attention) -> tuple[Array, State]:
     """x f32 (B, T, D), normed -> f32 (B, T, D) and the cache with this call's keys and values in it."""
+    at_once = implementations.offered("attention") and not taps.listening()
+    return (_mix_at_once if at_once else _mix_by_steps)(w, x, state, span, cfg)
+
+
+def _mix_at_once(
+    w: Weights, x: Array, state: State, span: Span, cfg: config.Attention
+) -> tuple[Array, State]:
+    """In three calls: the projections of x, all that follows them, and the last projection."""
+    projected = linear_many(x, w.attn_q, w.attn_k, w.attn_v)
+    norms = (w.attn_q_norm, w.attn_k_norm)
+    out, k, v = implementations.call(
+        "attention",
+        *(*projected, *norms, _angles(span.positions, cfg.rope), span.start, span.count, state.k, state.v),
+        gated=cfg.gated,
+        adjacent=cfg.rope.kind == "norm",
+        eps=cfg.layer_norm_rms_epsilon,
+    )
+    return linear(out, w.attn_output), State(k, v)
+
+
+def _mix_by_steps(
+    w: Weights, x: Array, state: State, span: Span, cfg: config.Attention
+) -> tuple[Array, State]:
     q, gate = _queries(w, x, cfg)
     angle = _angles(span.positions, cfg.rope)
     adjacent = cfg.rope.kind == "norm"

@@ -8,9 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from scarlet_jax import config
-from scarlet_jax.ops import conv, gated_delta, norm
-from scarlet_jax.ops.matmul import linear
+from scarlet_jax import config, taps
+from scarlet_jax.ops import conv, gated_delta, implementations, norm
+from scarlet_jax.ops.matmul import linear, linear_many
 from scarlet_jax.span import Span
 from scarlet_jax.taps import tap
 from scarlet_jax.types import Array, Weight
@@ -74,6 +74,27 @@ def init_state(cfg: config.DeltaNet, batch: int, slots: int, dtype: jax.typing.D
 
 def mix(w: Weights, x: Array, state: State, span: Span, *, cfg: config.DeltaNet) -> tuple[Array, State]:
     """x f32 (B, T, D), normed -> f32 (B, T, D) and the state after the span's last real token."""
+    at_once = implementations.offered("delta_net") and not taps.listening()
+    return (_mix_at_once if at_once else _mix_by_steps)(w, x, state, span, cfg)
+
+
+def _mix_at_once(w: Weights, x: Array, state: State, span: Span, cfg: config.DeltaNet) -> tuple[Array, State]:
+    """In three calls: the projections of x, all that follows them, and the last projection."""
+    projected = linear_many(x, w.attn_qkv, w.attn_gate, w.ssm_alpha, w.ssm_beta)
+    vectors = (w.ssm_conv1d, w.ssm_dt, w.ssm_a, w.ssm_norm)
+    out, history, memory = implementations.call(
+        "delta_net",
+        *(*projected, *vectors, state.conv, state.memory, span.count),
+        key_head=cfg.key_head_of_value_head(),
+        key_heads=cfg.group_count,
+        eps=cfg.layer_norm_rms_epsilon,
+    )
+    return linear(out, w.ssm_out), State(history, memory)
+
+
+def _mix_by_steps(
+    w: Weights, x: Array, state: State, span: Span, cfg: config.DeltaNet
+) -> tuple[Array, State]:
     qkv, history = _convolve(w, x, state.conv, span, cfg)
     q, k, v = _split_heads(qkv, cfg)
     g, beta = _gates(w, x, span)

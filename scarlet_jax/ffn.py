@@ -6,8 +6,9 @@ import dataclasses
 
 import jax
 
-from scarlet_jax import config
-from scarlet_jax.ops.matmul import linear
+from scarlet_jax import config, taps
+from scarlet_jax.ops import implementations
+from scarlet_jax.ops.matmul import has_scale, linear
 from scarlet_jax.taps import tap
 from scarlet_jax.types import Array, Weight
 
@@ -38,5 +39,8 @@ def shapes(cfg: config.Dense, width: int) -> dict[str, tuple[int, ...]]:
 def feed_forward(w: Weights, x: Array, *, cfg: config.Dense) -> Array:
     """f32 (B, T, D), normed -> f32 (B, T, D)."""
     del cfg  # the weights' shapes say it all; an MoE's config says more
+    weights = (w.ffn_gate, w.ffn_up, w.ffn_down)
+    if implementations.offered("ffn") and not taps.listening() and not any(map(has_scale, weights)):
+        return implementations.call("ffn", x, *weights)
     gate, up = tap("ffn_gate", linear(x, w.ffn_gate)), tap("ffn_up", linear(x, w.ffn_up))
     return tap("ffn_out", linear(tap("ffn_swiglu", jax.nn.silu(gate) * up), w.ffn_down))

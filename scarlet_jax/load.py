@@ -29,8 +29,8 @@ FLOATS = ("F32", "F16", "BF16")  # held as plain arrays; every other type stays 
 def load(path: str | Path, **options: Any) -> Model:
     """Load a dense Qwen3.5 GGUF (the first file of a split set too).
 
-    Options are Model's: `context_length`, `kv_dtype`. Raises BadInput for a file that is broken, of an
-    unknown architecture, or whose tensors are not all there and of the right shape.
+    Options are Model's: `context_length`, `kv_dtype`, `implementation`. Raises BadInput for a file that is
+    broken, of an unknown architecture, or whose tensors are not all there and of the right shape.
     """
     file = gguf.read(path)
     arch = configs.find(file.architecture)
@@ -65,7 +65,10 @@ def _block(tensors: _Tensors, index: int, cfg: Block, width: int) -> BlockWeight
 
 
 class _Tensors:
-    """The tensors of a file, taken by name and shape; remembers what was wrong and what was left over."""
+    """The tensors of a file, taken by name and shape; remembers what was wrong and what was left over.
+
+    A tensor that is missing or misshapen comes out as None, and `finish` raises.
+    """
 
     def __init__(self, file: gguf.Gguf, arch: Arch) -> None:
         self._file = file
@@ -95,7 +98,7 @@ class _Tensors:
                     taken[part.split(".")[0]] = self.weight(prefix + whole, shape, slice(start, stop))
         return taken
 
-    def weight(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> Weight | None:
+    def weight(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> Any:
         """A matrix, or some rows of it, as the file stores it: floats as an array, any other type packed."""
         tensor = self._take(name, shape)
         if tensor is None:
@@ -105,7 +108,7 @@ class _Tensors:
             return _place(tensor, tensor.array()[rows])
         return QTensor(_place(tensor, tensor.data[rows]), tensor.qtype, scale)
 
-    def array(self, name: str, shape: tuple[int, ...]) -> jax.Array | None:
+    def array(self, name: str, shape: tuple[int, ...]) -> Any:
         """A vector or a small table, in f32."""
         tensor = self._take(name, shape)
         if tensor is None:

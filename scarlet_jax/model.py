@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 
 from scarlet_jax import attention, config, delta_net, ffn
 from scarlet_jax.errors import BadInput
-from scarlet_jax.ops import matmul, norm
+from scarlet_jax.ops import implementations, matmul, norm
 from scarlet_jax.span import Span
 from scarlet_jax.taps import collect, tap
 from scarlet_jax.types import Array, Weight
@@ -88,23 +89,23 @@ def _norm(x: Array, weight: Array, eps: float, name: str) -> Array:
     return tap(name, tap("norm", norm.rms(x, eps)) * weight)
 
 
-def _run_block(w, x, state, span, cfg, tapped):
-    with collect(tapped) as taps:
+def _run_block(w, x, state, span, cfg, tapped, implementation="auto"):
+    with collect(tapped) as taps, implementations.use(implementation):
         x, state = block(w, x, state, span, cfg=cfg)
     return x, state, taps
 
 
-_jit_block = functools.partial(jax.jit, static_argnames=("cfg", "tapped"))
+_jit_block = functools.partial(jax.jit, static_argnames=("cfg", "tapped", "implementation"))
 run_block = _jit_block(_run_block)
 run_block_in_place = _jit_block(_run_block, donate_argnames="state")  # the caller gives its state up
 
 embed = jax.jit(matmul.embed)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "tapped"))
-def head(output_norm, output, hidden, eps, tapped=False):
+@functools.partial(jax.jit, static_argnames=("eps", "tapped", "implementation"))
+def head(output_norm, output, hidden, eps, tapped=False, implementation="auto"):
     """Final norm and projection to logits: f32 (..., D) -> f32 (..., V), and taps."""
-    with collect(tapped) as taps:
+    with collect(tapped) as taps, implementations.use(implementation):
         x = _norm(hidden, output_norm, eps, "h_nextn")
         tap("result_norm", x)
         logits = tap("result_output", matmul.linear(x, output))
@@ -133,11 +134,12 @@ def trunk(
     tapped: bool = False,
     in_place: bool = False,
     positions: Array | None = None,
+    implementation: str = "auto",
 ) -> Traced:
     """Run tokens int32 (B, T), of which the first `count` (B,) of each row are real, through all blocks.
 
     With `in_place` the buffers of `state` are reused and `state` is gone. `positions` int32 (4, B, T)
-    replaces those of plain text.
+    replaces those of plain text. `implementation` as in `ops.implementations`.
     """
     span = Span.text(state.length, count, tokens.shape[1])
     if positions is not None:
@@ -149,7 +151,7 @@ def trunk(
     for i, (w, mixer_state, block_cfg) in enumerate(
         zip(weights.blocks, state.blocks, cfg.blocks, strict=True)
     ):
-        x, mixer_state, taps = step(w, x, mixer_state, span, block_cfg, tapped)
+        x, mixer_state, taps = step(w, x, mixer_state, span, block_cfg, tapped, implementation)
         states.append(mixer_state)
         seen |= {f"{name}-{i}": value for name, value in taps.items()}
     return Traced(x, State(tuple(states), state.length + count), seen)
@@ -232,12 +234,21 @@ class Model:
         *,
         context_length: int | None = None,
         kv_dtype: jax.typing.DTypeLike = jnp.float32,
+        implementation: str | None = None,
     ) -> None:
+        """`implementation`: whose operations (see `ops.implementations`), "auto" for the best of each.
+
+        By default what the environment variable SCARLET_IMPLEMENTATION says, or else "auto". Raises
+        BadInput, with its own reason, for one that cannot run here.
+        """
         self.gguf = gguf
         self.config = cfg
         self.weights = weights
         self.context_length = context_length or cfg.context_length
         self.kv_dtype = kv_dtype
+        self.implementation = implementations.check(
+            implementation or os.environ.get("SCARLET_IMPLEMENTATION") or "auto"
+        )
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -267,11 +278,10 @@ class Model:
         With `consume` the buffers of `state` are reused, which spares a copy of the cache; it is gone after.
         """
         batch, state = self._enter(tokens, state)
-        last = None
+        last = jnp.zeros((len(batch.lengths), 1, self.config.embedding_length), jnp.float32)
         for piece in batch.pieces():
             hidden, state, _ = self._trunk(piece, state, in_place=consume)
-            latest = _last(hidden, piece.count)
-            last = latest if last is None else jnp.where(piece.count[:, None, None] > 0, latest, last)
+            last = jnp.where(piece.count[:, None, None] > 0, _last(hidden, piece.count), last)
             consume = True  # from here on the state is our own
         logits = self._head(last)[0][:, 0]
         return (logits[0] if batch.single else logits), state
@@ -333,13 +343,13 @@ class Model:
         return jax.tree.map(copy, larger(), state)
 
     def _trunk(self, piece: Piece, state: State, **options: Any) -> Traced:
-        return trunk(
-            self.weights, jnp.asarray(piece.tokens), jnp.asarray(piece.count), state, self.config, **options
-        )
+        tokens, count = jnp.asarray(piece.tokens), jnp.asarray(piece.count)
+        options["implementation"] = self.implementation
+        return trunk(self.weights, tokens, count, state, self.config, **options)
 
     def _head(self, hidden: Array, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
         weights, eps = self.weights, self.config.layer_norm_rms_epsilon
-        return head(weights.output_norm, weights.output, hidden, eps, tapped)
+        return head(weights.output_norm, weights.output, hidden, eps, tapped, self.implementation)
 
 
 def _bucket(slots: int) -> int:

@@ -25,6 +25,11 @@ def tap(name: str, x: Array) -> Array:
     return x
 
 
+def listening() -> bool:
+    """Whether a collector is open: then every step has to be taken by itself, to be seen."""
+    return _collector.get() is not None
+
+
 @contextlib.contextmanager
 def collect(wanted: bool) -> Iterator[dict[str, Array]]:
     """Catch every tap of the code within, in order; with `wanted` false, none."""

@@ -60,9 +60,11 @@ def path(shape: Shape, quant: str = "F32", seed: int = 1) -> Path:
 
 
 @functools.cache
-def model(shape: Shape, quant: str = "F32", seed: int = 1) -> scarlet_jax.Model:
+def model(
+    shape: Shape, quant: str = "F32", seed: int = 1, implementation: str | None = None
+) -> scarlet_jax.Model:
     """Our engine over that file."""
-    return scarlet_jax.load(path(shape, quant, seed))
+    return scarlet_jax.load(path(shape, quant, seed), implementation=implementation)
 
 
 def tokens(shape: Shape, count: int, seed: int = 0) -> np.ndarray:

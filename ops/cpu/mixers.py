@@ -39,7 +39,9 @@ def delta_net(
     state = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (history, memory))
     run = _call("scarlet_delta_net", (out, *state), aliases={8: 1, 9: 2})
     inputs = (qkv, z, alpha, beta, conv1d, dt, a, norm, history, memory, count)
-    return run(*inputs, key_head=key_head.astype(np.int32), key_heads=np.int64(key_heads), eps=np.float32(eps))
+    return run(
+        *inputs, key_head=key_head.astype(np.int32), key_heads=np.int64(key_heads), eps=np.float32(eps)
+    )
 
 
 def attention(

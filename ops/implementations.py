@@ -1,0 +1,81 @@
+"""Which code does the work: the implementations of the operations, best first, and the choice among them.
+
+An implementation is a module with `unavailable()`, which says why it cannot run on this machine, in a line, or
+None; and with any of these operations, each of which raises NotImplementedError, saying why, for what it
+does not cover (weights' own scales, `QTensor.scale`, are the caller's):
+
+    qmatmul(x, w)                   a product with a weight, packed or not
+    qmatmul_many(x, ws)             several products of one input
+    ffn(x, gate, up, down)          a feed-forward network
+    delta_net(...), attention(...)  a token mixer between its projections (see `ops.cpu.mixers`)
+
+The portable one has the product alone, of any weight, and is what the others are compared with. What nobody
+offers, a layer does step by step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+from scarlet_jax.errors import BadInput
+from scarlet_jax.ops import cpu, portable
+
+IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "portable": portable}
+
+_chosen: contextvars.ContextVar[str] = contextvars.ContextVar("implementation", default="auto")
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within, that implementation alone does the work; with "auto", the best that can.
+
+    Has to be open while a program is traced, inside the jitted function. Raises BadInput as `check` does.
+    """
+    check(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def check(name: str) -> str:
+    """The name itself; BadInput if there is no such implementation, or with its reason if it cannot run."""
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise BadInput(f"implementation {name}: expected auto or one of {', '.join(IMPLEMENTATIONS)}")
+    if name != "auto" and (reason := IMPLEMENTATIONS[name].unavailable()):
+        raise BadInput(f"implementation {name}: {reason}")
+    return name
+
+
+def offered(operation: str) -> bool:
+    """Whether `call` has somebody to ask for the operation."""
+    return any(hasattr(module, operation) for module in _candidates("auto").values())
+
+
+def call(operation: str, *args: Any, implementation: str = "auto", **options: Any) -> Any:
+    """Have the operation done by the implementation of that name, or by the first that covers it.
+
+    Raises BadInput, with its own reason, if an implementation chosen by name does not; NotImplementedError
+    if nobody does.
+    """
+    candidates = _candidates(implementation)
+    for name, module in candidates.items():
+        try:
+            if hasattr(module, operation):
+                return getattr(module, operation)(*args, **options)
+        except NotImplementedError as error:
+            if len(candidates) == 1:
+                raise BadInput(f"implementation {name}: {error}") from error
+    raise NotImplementedError(f"{operation} is not covered by {', '.join(candidates)}")
+
+
+def _candidates(implementation: str) -> dict[str, Any]:
+    """Who may do the work, best first: the one chosen by name, here or by `use`, or all that can run."""
+    name = check(_chosen.get() if implementation == "auto" else implementation)
+    if name != "auto":
+        return {name: IMPLEMENTATIONS[name]}
+    return {name: module for name, module in IMPLEMENTATIONS.items() if module.unavailable() is None}
