@@ -9,7 +9,7 @@
 namespace scarlet {
 
 // Rows of activations up to which weights are decoded straight into the sums; above it, into tiles.
-constexpr int kSmallRows = 4;
+constexpr int kFewRows = 4;
 
 // Rows of weights that a matrix product decodes at a time.
 constexpr int kTileRows = 96;
@@ -33,7 +33,7 @@ using PrepareFn = void (*)(const float* x, int64_t elements, float* out);
 struct Kernels {
   const char* isa;
   DecodeFn decode[kTypeCount];
-  MultiplyFn multiply_few[kTypeCount];   // 1 <= count <= kSmallRows; a row's sums do not depend on count
+  MultiplyFn multiply_few[kTypeCount];   // 1 <= count <= kFewRows; a row's sums do not depend on count
   PrepareFn prepare[kTypeCount];         // if not null, what multiply_few wants done to each row of x before
   int64_t (*prepared_floats)(int64_t elements);  // and how long the row then is
   MultiplyFn multiply_many[kTypeCount];  // any count; a row's sums do not depend on it either

@@ -95,7 +95,7 @@ void split(const Job& job, std::vector<Part>* parts) {
   // Tasks large enough to amortise taking one, small enough to even out what the threads finish: for few
   // rows of x a stretch of memory, for many a tile of the matrix product.
   const int64_t stride = static_cast<int64_t>(row_bytes(job.type, p.elements));
-  const int64_t step = p.count <= kSmallRows ? rows_a_task(stride, 1 << 16, 4) : kTileRows;
+  const int64_t step = p.count <= kFewRows ? rows_a_task(stride, 1 << 16, 4) : kTileRows;
   for (int64_t r = 0; r < p.rows; r += step) parts->push_back({&job, r, std::min(p.rows, r + step)});
 }
 
@@ -106,7 +106,7 @@ void multiply(const Kernels& kernels, const Part& part, float* const* y, float* 
   p.w += part.first * static_cast<int64_t>(row_bytes(type, p.elements));
   p.rows = part.end - part.first;
   p.y = y;
-  const auto& table = p.count <= kSmallRows ? kernels.multiply_few : kernels.multiply_many;
+  const auto& table = p.count <= kFewRows ? kernels.multiply_few : kernels.multiply_many;
   table[static_cast<int>(type)](p, scratch);
 }
 
@@ -118,7 +118,7 @@ struct Prepared {
     for (Job& job : jobs) {
       Product& p = job.product;
       const PrepareFn prepare = kernels.prepare[static_cast<int>(job.type)];
-      if (prepare == nullptr || p.count == 0 || p.count > kSmallRows) continue;
+      if (prepare == nullptr || p.count == 0 || p.count > kFewRows) continue;
       const int64_t length = (kernels.prepared_floats(p.elements) + 15) / 16 * 16;
       rows_.emplace_back(static_cast<float*>(std::aligned_alloc(64, p.count * length * sizeof(float))), &std::free);
       std::vector<const float*> x;

@@ -20,7 +20,6 @@ struct Plain {
   static constexpr int kSumOf = 32, kSumBy = 0;
   static SCARLET_INLINE F minimums(const uint8_t*, F) { return Simd::zero(); }
   static SCARLET_INLINE I plane(I q, int, int k) { return k == 0 ? q : Simd::shr(q, 8 * k); }
-  static SCARLET_INLINE F value(I plane) { return _mm512_permutexvar_ps(plane, iota()); }
 
   static SCARLET_INLINE F iota() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static SCARLET_INLINE I load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -30,15 +29,13 @@ struct Plain {
   static SCARLET_INLINE I halves(int low, int high) {  // eight lanes of each
     return _mm512_setr_epi32(low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high);
   }
-  // (a & mask_a) | (b & mask_b)
-  static SCARLET_INLINE I merge(I a, int mask_a, I b, int mask_b) {
-    return _mm512_ternarylogic_epi32(Simd::and_(b, Simd::set1i(mask_b)), a, Simd::set1i(mask_a), 0xf8);
-  }
+  // The bits of a that are set in `mask`, and all others of b.
+  static SCARLET_INLINE I select(int mask, I a, I b) { return _mm512_ternarylogic_epi32(Simd::set1i(mask), a, b, 0xca); }
 };
 
 // --- K-quants ---------------------------------------------------------------------------------------
 
-constexpr int kNibbles = 0x0f0f0f0f, kBit4 = 0x10101010, kBits45 = 0x30303030;
+constexpr int kNibbles = 0x0f0f0f0f, kPairs = 0x03030303, kBit4 = 0x10101010;
 
 // Eight scales times d, then eight mins times dmin.
 static SCARLET_INLINE F scales_and_mins(const uint8_t* b) {
@@ -62,6 +59,7 @@ struct Q4_K : Plain {
   static constexpr int kSumsFrom = 8;
   static SCARLET_INLINE I quants(const uint8_t* b, int v) { return load64(b + 16 + v / 2 * 64); }
   static SCARLET_INLINE I plane(I q, int v, int k) { return k + v % 2 == 0 ? q : Simd::shr(q, 8 * k + v % 2 * 4); }
+  static SCARLET_INLINE F value(I plane) { return _mm512_permutexvar_ps(plane, iota()); }
   static constexpr int element(int v, int n) { return v / 2 * 128 + n / 32 * 64 + v % 2 * 32 + n % 32; }
   static constexpr int group(int v, int lane) { return element(v, 4 * lane) / 32; }
 };
@@ -73,7 +71,7 @@ struct Q5_K : Q4_K {
     const int bit = v / 2 * 4 + v % 2;  // of the lower half; the upper half takes the bit two above
     const I shifts = halves((bit - 4) & 31, (bit - 2) & 31);
     const I high = _mm512_rorv_epi32(both_halves(b + 16), shifts);
-    return merge(v % 2 ? Simd::shr(nibbles, 4) : nibbles, kNibbles, high, kBit4);
+    return select(kNibbles, v % 2 ? Simd::shr(nibbles, 4) : nibbles, high);
   }
   static SCARLET_INLINE I plane(I q, int v, int k) { return Plain::plane(q, v, k); }
   static SCARLET_INLINE F value(I plane) {
@@ -81,21 +79,36 @@ struct Q5_K : Q4_K {
   }
 };
 
+struct LessThirtyTwo {  // i - 32 for 0 <= i < 64, as bf16
+  alignas(64) uint16_t bf16[64] = {};
+
+  constexpr LessThirtyTwo() {
+    for (int i = 0; i < 64; i++) {
+      int exponent = 127, magnitude = i < 32 ? 32 - i : i - 32;
+      if (magnitude == 0) continue;
+      for (magnitude <<= 7; magnitude >= 256; magnitude >>= 1) exponent++;
+      bf16[i] = static_cast<uint16_t>((i < 32 ? 0x8000 : 0) | exponent << 7 | (magnitude & 127));
+    }
+  }
+};
+static constexpr LessThirtyTwo kLessThirtyTwo{};
+
 struct Q6_K : Plain {
-  static constexpr int kBytes = 210, kSumOf = 16, kSumBy = -32, kSumsFrom = 0;
+  static constexpr int kBytes = 210;
   static SCARLET_INLINE F scales(const uint8_t* b) {
     return Simd::mul(Simd::to_float(Simd::from_i8(b + 192)), Simd::set1(Simd::f16(b + 208)));
   }
-  static SCARLET_INLINE F minimums(const uint8_t*, F scales) { return scales; }
   static SCARLET_INLINE I quants(const uint8_t* b, int v) {
     const I nibbles = load64(b + v / 2 * 64), pairs = both_halves(b + 128 + v / 2 * 32);
     const I high = v % 2 ? _mm512_srlv_epi32(pairs, halves(0, 2)) : _mm512_sllv_epi32(pairs, halves(4, 2));
-    return merge(v % 2 ? Simd::shr(nibbles, 4) : nibbles, kNibbles, high, kBits45);
+    return select(kNibbles, v % 2 ? Simd::shr(nibbles, 4) : nibbles, high);
   }
-  static SCARLET_INLINE I plane(I q, int, int k) {
-    return k == 3 ? Simd::shr(q, 24) : Simd::and_(k == 0 ? q : Simd::shr(q, 8 * k), Simd::set1i(63));
+  // Six bits are a look-up of bf16 in 64 words; a bf16 is the upper half of an f32.
+  static SCARLET_INLINE F floats(I q, int, int k) {
+    const I* table = reinterpret_cast<const I*>(kLessThirtyTwo.bf16);
+    const I words = _mm512_permutex2var_epi16(table[0], k % 2 ? _mm512_srli_epi16(q, 8) : q, table[1]);
+    return _mm512_castsi512_ps(k < 2 ? Simd::shl(words, 16) : Simd::and_(words, Simd::set1i(-0x10000)));
   }
-  static SCARLET_INLINE F value(I plane) { return Simd::to_float(plane); }
   static constexpr int element(int v, int n) { return v / 2 * 128 + v % 2 * 64 + n; }
   static constexpr int group(int v, int lane) { return element(v, 4 * lane) / 16; }
 };
@@ -126,13 +139,14 @@ struct Q3_K : Q2_K {
     const I shifts = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
     const I low = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(raw, of_low)), halves(0, 4));
     const I high = _mm512_srlv_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(raw, of_high)), shifts);
-    return Simd::mul(minus(merge(low, 15, Simd::shl(high, 4), 48), 32), Simd::set1(Simd::f16(b + 108)));
+    const I six = Simd::and_(select(15, low, Simd::shl(high, 4)), Simd::set1i(63));
+    return Simd::mul(minus(six, 32), Simd::set1(Simd::f16(b + 108)));
   }
   static SCARLET_INLINE F minimums(const uint8_t*, F) { return Simd::zero(); }
   static SCARLET_INLINE I quants(const uint8_t* b, int v) {
     const I pairs = load64(b + 32);
     const I third = _mm512_rorv_epi32(both_halves(b), halves((v - 2) & 31, v + 2));
-    return merge(v == 0 ? pairs : Simd::shr(pairs, 2 * v), 0x03030303, third, 0x04040404);
+    return select(kPairs, v == 0 ? pairs : Simd::shr(pairs, 2 * v), third);
   }
   static SCARLET_INLINE I plane(I q, int v, int k) { return Plain::plane(q, v, k); }
   static SCARLET_INLINE F value(I plane) {
@@ -164,7 +178,8 @@ struct IQ4_XS : Sixteens {
     const I low = Simd::set1i(read<int32_t>(b + 4)), high = Simd::set1i(read<uint16_t>(b + 2));
     const I low_shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
     const I high_shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
-    const I six = merge(_mm512_srlv_epi32(low, low_shifts), 15, Simd::shl(_mm512_srlv_epi32(high, high_shifts), 4), 48);
+    const I two = Simd::shl(_mm512_srlv_epi32(high, high_shifts), 4);
+    const I six = Simd::and_(select(15, _mm512_srlv_epi32(low, low_shifts), two), Simd::set1i(63));
     return Simd::mul(minus(six, 32), Simd::set1(Simd::f16(b)));
   }
   static SCARLET_INLINE I quants(const uint8_t* b, int v) { return load64(b + 8 + v / 2 * 64); }
@@ -229,6 +244,7 @@ struct Q4_1 : Eight<20> {
   static constexpr int kSumBy = 1, kSumsFrom = 8;
   static SCARLET_INLINE F scales(const uint8_t* b) { return factors(b, true); }
   static SCARLET_INLINE F minimums(const uint8_t*, F scales) { return scales; }
+  static SCARLET_INLINE F value(I plane) { return _mm512_permutexvar_ps(plane, iota()); }
 };
 
 struct Q5_0 : Eight<22> {
@@ -263,6 +279,281 @@ struct MXFP4 : Eight<17> {
     return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, Simd::set1i(2)), normal, subnormal));
   }
   static SCARLET_INLINE F value(I plane) { return Simd::lookup(codebooks.e2m1, plane); }
+};
+
+// --- two bits and fewer -----------------------------------------------------------------------------
+
+struct TQ1_0 : Plain {
+  static constexpr int kBytes = 54;
+  static SCARLET_INLINE F scales(const uint8_t* b) { return Simd::set1(Simd::f16(b + 52)); }
+  static constexpr int element(int v, int n) { return 64 * v + n; }
+  static constexpr int group(int, int) { return 0; }
+  // A byte is a fraction of 256 in base three: three times it, modulo 256, brings the next digit to the front,
+  // and the digit in front is how many of 86 and 171 (a third and two, rounded up) the byte reaches.
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    if (v < 2) {
+      __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+      if (v == 1) low = thrice(thrice(low));
+      return digits(_mm512_inserti64x4(_mm512_castsi256_si512(low), thrice(low), 1));
+    }
+    const __m128i tail = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 32));
+    const __m256i pair = _mm256_inserti128_si256(_mm256_castsi128_si256(tail), thrice(tail), 1);
+    if (v == 2) {
+      const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+      const __m256i fourth = thrice(thrice(thrice(thrice(all))));
+      return digits(_mm512_inserti64x4(_mm512_castsi256_si512(fourth), pair, 1));
+    }
+    const __m256i next = thrice(thrice(pair));
+    const __m128i last = thrice(_mm256_extracti128_si256(next, 1));
+    const uint32_t x = read<uint32_t>(b + 48);  // 4 bytes: their four digits in turn
+    const __m128i four = _mm_set_epi32(times(x, 27), times(x, 9), times(x, 3), x);
+    return digits(_mm512_inserti64x4(_mm512_castsi256_si512(next), _mm256_inserti128_si256(_mm256_castsi128_si256(last), four, 1), 1));
+  }
+  static SCARLET_INLINE F value(I plane) { return minus_one(plane); }
+
+  static SCARLET_INLINE __m256i thrice(__m256i x) { return _mm256_add_epi8(x, _mm256_add_epi8(x, x)); }
+  static SCARLET_INLINE __m128i thrice(__m128i x) { return _mm_add_epi8(x, _mm_add_epi8(x, x)); }
+  static SCARLET_INLINE int times(uint32_t x, uint32_t factor) {  // each byte, modulo 256
+    const uint32_t even = ((x & 0x00ff00ff) * factor) & 0x00ff00ff;
+    const uint32_t odd = (((x >> 8) & 0x00ff00ff) * factor) & 0x00ff00ff;
+    return static_cast<int>(even | odd << 8);
+  }
+  static SCARLET_INLINE I digits(I x) {
+    const I one = _mm512_set1_epi8(1);
+    const I first = _mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(x, _mm512_set1_epi8(86)), one);
+    return _mm512_mask_add_epi8(first, _mm512_cmpge_epu8_mask(x, _mm512_set1_epi8(static_cast<char>(171))), first, one);
+  }
+  static SCARLET_INLINE F minus_one(I plane) {
+    return _mm512_permutexvar_ps(plane, _mm512_setr_ps(-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2));
+  }
+};
+
+struct Q1_0 : Plain {  // two blocks of 128: bit s of each word, and bit 16 + s in the upper lanes
+  static constexpr int kBytes = 36;
+  static SCARLET_INLINE F scales(const uint8_t* b) {
+    return _mm512_castps128_ps512(_mm_cvtph_ps(_mm_insert_epi16(_mm_cvtsi32_si128(read<uint16_t>(b)), read<uint16_t>(b + 18), 1)));
+  }
+  static SCARLET_INLINE I quants(const uint8_t* b, int) {
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 2));
+    const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 20));
+    return _mm512_broadcast_i64x4(_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1));
+  }
+  static SCARLET_INLINE I plane(I q, int v, int k) { return _mm512_srlv_epi32(q, halves(4 * v + k, 16 + 4 * v + k)); }
+  static SCARLET_INLINE F value(I plane) {
+    return _mm512_permutexvar_ps(plane, _mm512_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1));
+  }
+  static constexpr int element(int v, int n) { return n / 4 % 8 * 32 + n / 32 * 16 + 4 * v + n % 4; }
+  static constexpr int group(int, int lane) { return lane % 8 / 4; }
+};
+
+struct Q2_0 : Plain {  // four blocks of 64: pair s of each word
+  static constexpr int kBytes = 72;
+  static SCARLET_INLINE F scales(const uint8_t* b) {
+    __m128i d = _mm_cvtsi32_si128(read<uint16_t>(b));
+    d = _mm_insert_epi16(d, read<uint16_t>(b + 18), 1);
+    d = _mm_insert_epi16(d, read<uint16_t>(b + 36), 2);
+    return _mm512_castps128_ps512(_mm_cvtph_ps(_mm_insert_epi16(d, read<uint16_t>(b + 54), 3)));
+  }
+  static SCARLET_INLINE I quants(const uint8_t* b, int) { return Eight<18>::quants(b, 0); }
+  static SCARLET_INLINE I plane(I q, int v, int k) { return v + k == 0 ? q : Simd::shr(q, 2 * (4 * v + k)); }
+  static SCARLET_INLINE F value(I plane) { return TQ1_0::minus_one(plane); }
+  static constexpr int element(int v, int n) { return n / 4 * 16 + 4 * v + n % 4; }
+  static constexpr int group(int, int lane) { return lane / 4; }
+};
+
+struct NVFP4 : Plain {  // four blocks of 64
+  static constexpr int kBytes = 144;
+  // Four bits of exponent (bias 7) and three of mantissa, halved because E2M1 is doubled; 0x7f is zero.
+  static SCARLET_INLINE F scales(const uint8_t* b) {
+    __m128i bytes = _mm_cvtsi32_si128(read<int32_t>(b));
+    bytes = _mm_insert_epi32(bytes, read<int32_t>(b + 36), 1);
+    bytes = _mm_insert_epi32(bytes, read<int32_t>(b + 72), 2);
+    const I x = _mm512_cvtepu8_epi32(_mm_insert_epi32(bytes, read<int32_t>(b + 108), 3));
+    const I magnitude = Simd::and_(x, Simd::set1i(0x7f));
+    const F normal = _mm512_castsi512_ps(Simd::add(Simd::shl(magnitude, 20), Simd::set1i(119 << 23)));
+    const F subnormal = Simd::mul(Simd::to_float(magnitude), Simd::set1(0x1p-10f));
+    const F value = _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(magnitude, Simd::set1i(8)), normal, subnormal);
+    return _mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(x, Simd::set1i(0x7f)), value);
+  }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const auto block = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 36 * (v / 2 * 2 + i) + 4)); };
+    return _mm512_inserti64x4(_mm512_castsi256_si512(block(0)), block(1), 1);
+  }
+  static SCARLET_INLINE I plane(I q, int v, int k) { return k + v % 2 == 0 ? q : Simd::shr(q, 8 * k + v % 2 * 4); }
+  static SCARLET_INLINE F value(I plane) { return Simd::lookup(codebooks.e2m1, plane); }
+  static constexpr int element(int v, int n) { return v / 2 * 128 + n / 8 * 16 + v % 2 * 8 + n % 8; }
+  static constexpr int group(int v, int lane) { return v / 2 * 8 + lane / 2; }
+};
+
+// --- codebook types ---------------------------------------------------------------------------------
+
+// Eight grid rows of eight (or sixteen of four) are a vector of 64 elements in order, as signed bytes.
+template <int of>
+struct Grid : Plain {
+  static SCARLET_INLINE I plane(I q, int, int k) {  // sign-extended
+    return _mm512_srai_epi32(k == 3 ? q : Simd::shl(q, 24 - 8 * k), 24);
+  }
+  static SCARLET_INLINE F value(I plane) { return Simd::to_float(plane); }
+  static constexpr int element(int v, int n) { return 64 * v + n; }
+  static constexpr int group(int v, int lane) { return (64 * v + 4 * lane) / of; }
+
+  template <class Row>
+  static SCARLET_INLINE I rows_of_8(Row row) {  // row(i): where the i-th is
+    const auto pair = [&](int i) SCARLET_LAMBDA {
+      return _mm_insert_epi64(_mm_cvtsi64_si128(read<int64_t>(row(i))), read<int64_t>(row(i + 1)), 1);
+    };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(pair(0)), pair(2), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(pair(4)), pair(6), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  template <class Row>
+  static SCARLET_INLINE I rows_of_4(Row row) {
+    const auto four = [&](int i) SCARLET_LAMBDA {
+      __m128i v = _mm_cvtsi32_si128(read<int32_t>(row(i)));
+      v = _mm_insert_epi32(v, read<int32_t>(row(i + 1)), 1);
+      v = _mm_insert_epi32(v, read<int32_t>(row(i + 2)), 2);
+      return _mm_insert_epi32(v, read<int32_t>(row(i + 3)), 3);
+    };
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(four(0)), four(4), 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(four(8)), four(12), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  // Four indices of sixteen bits: the low bytes, and what stands above them already in its place.
+  static SCARLET_INLINE uint64_t indices(const uint8_t* low, uint64_t high) {
+    return _pdep_u64(read<uint32_t>(low), 0x00ff00ff00ff00ffull) | high;
+  }
+  static SCARLET_INLINE uint16_t index(const uint64_t* fours, int i) {
+    return static_cast<uint16_t>(fours[i / 4] >> (16 * (i % 4)));
+  }
+  static SCARLET_INLINE I negated(I bytes, uint64_t where) {
+    return _mm512_mask_sub_epi8(bytes, where, _mm512_setzero_si512(), bytes);
+  }
+  // Eight sign codes of seven bits, 28 bits of each word: a bit an element, the eighth being their parity.
+  static SCARLET_INLINE uint64_t signs(uint64_t first_four, uint64_t last_four) {
+    const uint64_t seven = 0x7f7f7f7f;
+    const uint64_t x = _pdep_u64(first_four, seven) | _pdep_u64(last_four, seven) << 32;
+    uint64_t parity = x ^ x >> 4;
+    parity ^= parity >> 2;
+    parity ^= parity >> 1;
+    return x | (parity & 0x0101010101010101ull) << 7;
+  }
+  // (1/2 + s) d / 4 for the nibble s of each sixteen elements.
+  static SCARLET_INLINE F nibble_scales(const uint8_t* packed, float d) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed));
+    const __m128i both = _mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4));
+    const F s = Simd::to_float(low_nibble(_mm512_cvtepu8_epi32(both)));
+    return Simd::mul(Simd::add(s, Simd::set1(0.5f)), Simd::set1(d * 0.25f));
+  }
+};
+
+struct IQ2_XXS : Grid<32> {
+  static constexpr int kBytes = 66;
+  static SCARLET_INLINE F scales(const uint8_t* b) {
+    const __m256i codes = _mm512_cvtepi64_epi32(_mm512_srli_epi64(load64(b + 2), 60));
+    return Simd::mul(Simd::add(Simd::to_float(_mm512_castsi256_si512(codes)), Simd::set1(0.5f)), Simd::set1(Simd::f16(b) * 0.25f));
+  }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const uint8_t* p = b + 2 + 16 * v;
+    const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq2_xxs[p[i + i / 4 * 4]]; };
+    return negated(rows_of_8(row), signs(read<uint32_t>(p + 4), read<uint32_t>(p + 12)));
+  }
+};
+
+struct IQ2_XS : Grid<16> {
+  static constexpr int kBytes = 74;
+  static SCARLET_INLINE F scales(const uint8_t* b) { return nibble_scales(b + 66, Simd::f16(b)); }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const uint8_t* p = b + 2 + 16 * v;
+    const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq2_xs[read<uint16_t>(p + 2 * i) & 511]; };
+    const uint64_t codes = 0xfe00fe00fe00fe00ull;
+    return negated(rows_of_8(row), signs(_pext_u64(read<uint64_t>(p), codes), _pext_u64(read<uint64_t>(p + 8), codes)));
+  }
+};
+
+struct IQ2_S : Grid<16> {
+  static constexpr int kBytes = 82;
+  static SCARLET_INLINE F scales(const uint8_t* b) { return nibble_scales(b + 74, Simd::f16(b)); }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const uint64_t pairs = 0x0300030003000300ull;
+    const uint64_t fours[2] = {indices(b + 2 + 8 * v, _pdep_u64(b[66 + 2 * v], pairs)),
+                               indices(b + 6 + 8 * v, _pdep_u64(b[67 + 2 * v], pairs))};
+    const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq2_s[index(fours, i)]; };
+    return negated(rows_of_8(row), read<uint64_t>(b + 34 + 8 * v));
+  }
+};
+
+struct IQ3_XXS : Grid<32> {
+  static constexpr int kBytes = 98;
+  static SCARLET_INLINE F scales(const uint8_t* b) {
+    const __m256i codes = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 66)), 28);
+    return Simd::mul(Simd::add(Simd::to_float(_mm512_castsi256_si512(codes)), Simd::set1(0.5f)), Simd::set1(Simd::f16(b) * 0.5f));
+  }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq3_xxs[b[2 + 16 * v + i]]; };
+    return negated(rows_of_4(row), signs(read<uint32_t>(b + 66 + 8 * v), read<uint32_t>(b + 70 + 8 * v)));
+  }
+};
+
+struct IQ3_S : Grid<32> {
+  static constexpr int kBytes = 110;
+  static SCARLET_INLINE F scales(const uint8_t* b) {
+    const I shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 0, 0, 0, 0, 0, 0, 0);
+    const I s = low_nibble(_mm512_srlv_epi32(Simd::set1i(read<int32_t>(b + 106)), shifts));
+    return Simd::mul(Simd::to_float(Simd::add(Simd::add(s, s), Simd::set1i(1))), Simd::set1(Simd::f16(b)));
+  }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const uint32_t high = read<uint16_t>(b + 66 + 2 * v);
+    uint64_t fours[4];
+    SCARLET_UNROLL for (int i = 0; i < 4; i++) {
+      fours[i] = indices(b + 2 + 16 * v + 4 * i, _pdep_u64(high >> (4 * i), 0x0100010001000100ull));
+    }
+    const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq3_s[index(fours, i)]; };
+    return negated(rows_of_4(row), read<uint64_t>(b + 74 + 8 * v));
+  }
+};
+
+// Eight times grid plus or minus one, and an eighth of the scale: all whole numbers.
+struct IQ1_S : Grid<32> {
+  static constexpr int kBytes = 50;
+  static constexpr uint64_t kThrees = 0x0700070007000700ull;
+  static SCARLET_INLINE F scales(const uint8_t* b) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 34));
+    const I s = Simd::and_(Simd::shr(_mm512_castsi256_si512(_mm256_cvtepu16_epi32(words)), 11), Simd::set1i(14));
+    return Simd::mul(Simd::to_float(Simd::add(s, Simd::set1i(1))), Simd::set1(Simd::f16(b) * 0.125f));
+  }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const uint32_t first = read<uint16_t>(b + 34 + 4 * v), second = read<uint16_t>(b + 36 + 4 * v);
+    const uint64_t fours[2] = {indices(b + 2 + 8 * v, _pdep_u64(first, kThrees)), indices(b + 6 + 8 * v, _pdep_u64(second, kThrees))};
+    const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq1[index(fours, i)]; };
+    const uint64_t negative = (first & 0x8000 ? 0xffffffffull : 0) | (second & 0x8000 ? 0xffffffffull << 32 : 0);
+    return with_delta(rows_of_8(row), negative);
+  }
+  static SCARLET_INLINE I with_delta(I grid, uint64_t negative) {
+    const I one = _mm512_set1_epi8(1);
+    const I eightfold = Simd::and_(Simd::shl(grid, 3), _mm512_set1_epi8(static_cast<char>(0xf8)));
+    return _mm512_mask_sub_epi8(_mm512_add_epi8(eightfold, one), negative, eightfold, one);
+  }
+};
+
+struct IQ1_M : Grid<16> {
+  static constexpr int kBytes = 56;
+  static SCARLET_INLINE F scales(const uint8_t* b) {
+    const uint64_t words = read<uint64_t>(b + 48);
+    const float d = _cvtsh_ss(static_cast<uint16_t>(_pext_u64(words, 0xf000f000f000f000ull)));
+    const uint64_t bytes[2] = {_pdep_u64(_pext_u64(words, 0x0fff0fff), 0x0707070707070707ull),
+                               _pdep_u64(_pext_u64(words >> 32, 0x0fff0fff), 0x0707070707070707ull)};
+    const I s = _mm512_cvtepu8_epi32(_mm_set_epi64x(bytes[1], bytes[0]));
+    return Simd::mul(Simd::to_float(Simd::add(Simd::add(s, s), Simd::set1i(1))), Simd::set1(d * 0.125f));
+  }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const uint32_t high = read<uint32_t>(b + 32 + 4 * v);  // eight nibbles
+    const uint32_t threes = _pext_u32(high, 0x77777777);
+    const uint64_t fours[2] = {indices(b + 8 * v, _pdep_u64(threes, IQ1_S::kThrees)),
+                               indices(b + 8 * v + 4, _pdep_u64(threes >> 12, IQ1_S::kThrees))};
+    const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq1[index(fours, i)]; };
+    const uint64_t negative = _pdep_u64(_pext_u64(high, 0x88888888), 0x0101010101010101ull) * 255;
+    return IQ1_S::with_delta(rows_of_8(row), negative);
+  }
 };
 
 // --- the product ------------------------------------------------------------------------------------
@@ -313,16 +604,27 @@ static void prepare(const float* x, int64_t elements, float* out) {
   std::memcpy(out, x, left * sizeof(float));
 }
 
+template <class T>
+static SCARLET_INLINE auto floats(I q, int v, int k) -> decltype(T::floats(q, v, k)) {
+  return T::floats(q, v, k);
+}
+template <class T>
+static SCARLET_INLINE auto floats(I q, int v, int k) -> decltype(T::value(T::plane(q, v, k))) {
+  return T::value(T::plane(q, v, k));
+}
+
 // One row of weights times M rows of prepared x: adds to each row's two chains of sums.
 template <class T, int M>
 static SCARLET_INLINE void dot_block(const uint8_t* b, const float* const* x, F (&acc)[M][2]) {
   const F scales = T::scales(b);
   SCARLET_UNROLL for (int v = 0; v < 4; v++) {
-    const I q = T::quants(b, v);
+    I q = T::quants(b, v);
+    // Or the compiler reads q from memory once for each plane, mostly across two cache lines.
+    asm("" : "+v"(q));
     const F factor = _mm512_permutexvar_ps(_mm512_load_si512(kOrder<T>.group[v]), scales);
     F sum[M];
     SCARLET_UNROLL for (int k = 0; k < 4; k++) {
-      const F value = T::value(T::plane(q, v, k));
+      const F value = floats<T>(q, v, k);
       SCARLET_UNROLL for (int m = 0; m < M; m++) {
         const F at = Simd::load(x[m] + (4 * v + k) * 16);
         sum[m] = k == 0 ? Simd::mul(value, at) : Simd::fma(value, at, sum[m]);
@@ -341,30 +643,50 @@ static SCARLET_INLINE void dot_block(const uint8_t* b, const float* const* x, F 
 // Bytes from the block being multiplied to those being asked for: rows follow one another in memory.
 constexpr int kAhead = 4096;
 
+// Several rows of x may not fit in the first level of cache whole. Then a stretch of them that does (28 KiB)
+// is multiplied by kGroup rows of weights before the next one, with the rows' sums set aside meanwhile: the
+// same additions in the same order.
+template <int M>
+static constexpr int64_t kStretch = M == 1 ? INT64_MAX : 28 * 1024 / (M * kPrepared * 4);
+template <int M>
+static constexpr int kGroup = M == 1 ? 1 : 16;
+
 template <class B, class T, int M>
-static void multiply_rows(const Product& p) {
+static void multiply_group(const Product& p, int64_t row, int64_t rows) {
   const int64_t stride = p.elements * B::kBytes / B::kElements;
   const int64_t blocks = p.elements / kElements;
-  const int64_t rest = p.elements % kElements / B::kElements;
-  for (int64_t row = 0; row < p.rows; row++) {
-    const uint8_t* w[1] = {p.w + row * stride};
-    const float* x[M];
-    for (int m = 0; m < M; m++) x[m] = p.x[m < p.count ? m : p.count - 1];
-    F acc[M][2];
-    SCARLET_UNROLL for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = Simd::zero();
-    for (int64_t i = 0; i < blocks; i++) {
-      SCARLET_UNROLL for (int line = 0; line < T::kBytes; line += 64) Simd::prefetch(w[0] + kAhead + line);
-      dot_block<T, M>(w[0], x, acc);
-      w[0] += T::kBytes;
-      SCARLET_UNROLL for (int m = 0; m < M; m++) x[m] += kPrepared;
+  F set_aside[kGroup<M>][M][2];
+  for (int64_t from = 0; from == 0 || from < blocks; from += kStretch<M>) {
+    const int64_t end = blocks - from < kStretch<M> ? blocks : from + kStretch<M>;
+    for (int64_t r = 0; r < rows; r++) {
+      const uint8_t* w[1] = {p.w + (row + r) * stride + from * T::kBytes};
+      const float* x[M];
+      for (int m = 0; m < M; m++) x[m] = p.x[m < p.count ? m : p.count - 1] + from * kPrepared;
+      F acc[M][2];
+      SCARLET_UNROLL for (int i = 0; i < 2 * M; i++) acc[i / 2][i % 2] = from ? set_aside[r][i / 2][i % 2] : Simd::zero();
+      for (int64_t i = from; i < end; i++) {
+        SCARLET_UNROLL for (int line = 0; line < T::kBytes; line += 64) Simd::prefetch(w[0] + kAhead + line);
+        dot_block<T, M>(w[0], x, acc);
+        w[0] += T::kBytes;
+        SCARLET_UNROLL for (int m = 0; m < M; m++) x[m] += kPrepared;
+      }
+      if (end < blocks) {
+        SCARLET_UNROLL for (int i = 0; i < 2 * M; i++) set_aside[r][i / 2][i % 2] = acc[i / 2][i % 2];
+        continue;
+      }
+      Sums<1, M> sums;
+      SCARLET_UNROLL for (int i = 0; i < 2 * M; i++) sums.of[0][i / 2][i % 2] = acc[i / 2][i % 2];
+      if constexpr (B::kElements < kElements) dot_rows<B, 1, M>(w, x, p.elements - blocks * kElements, sums);
+      SCARLET_UNROLL for (int m = 0; m < M; m++) p.y[m < p.count ? m : p.count - 1][row + r] = sums.total(0, m);
     }
-    Sums<1, M> sums;
-    SCARLET_UNROLL for (int m = 0; m < M; m++) {
-      sums.of[0][m][0] = acc[m][0];
-      sums.of[0][m][1] = acc[m][1];
-    }
-    if constexpr (B::kElements < kElements) dot_rows<B, 1, M>(w, x, rest * B::kElements, sums);
-    SCARLET_UNROLL for (int m = 0; m < M; m++) p.y[m < p.count ? m : p.count - 1][row] = sums.total(0, m);
+    if (kStretch<M> == INT64_MAX) break;
+  }
+}
+
+template <class B, class T, int M>
+static void multiply_rows(const Product& p) {
+  for (int64_t row = 0; row < p.rows; row += kGroup<M>) {
+    multiply_group<B, T, M>(p, row, p.rows - row < kGroup<M> ? p.rows - row : kGroup<M>);
   }
 }
 
@@ -396,6 +718,17 @@ SCARLET_PLANAR(Q4_1, 32, 20)
 SCARLET_PLANAR(Q5_0, 32, 22)
 SCARLET_PLANAR(Q5_1, 32, 24)
 SCARLET_PLANAR(MXFP4, 32, 17)
+SCARLET_PLANAR(TQ1_0, 256, 54)
+SCARLET_PLANAR(Q1_0, 128, 18)
+SCARLET_PLANAR(Q2_0, 64, 18)
+SCARLET_PLANAR(NVFP4, 64, 36)
+SCARLET_PLANAR(IQ2_XXS, 256, 66)
+SCARLET_PLANAR(IQ2_XS, 256, 74)
+SCARLET_PLANAR(IQ2_S, 256, 82)
+SCARLET_PLANAR(IQ3_XXS, 256, 98)
+SCARLET_PLANAR(IQ3_S, 256, 110)
+SCARLET_PLANAR(IQ1_S, 256, 50)
+SCARLET_PLANAR(IQ1_M, 256, 56)
 #undef SCARLET_PLANAR
 
 static constexpr auto kPreparedFloats = planar::prepared_floats;
