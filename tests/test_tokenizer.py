@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import unicodedata
 
@@ -9,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_vocabulary import AWKWARD, SPECIAL, LlamaVocabulary, metadata, random_texts, trained, write
-from tokenizers import Regex, pre_tokenizers
 
 from scarlet_jax import tokenizer as module
 from scarlet_jax.errors import BadInput
 from scarlet_jax.gguf import read
 from scarlet_jax.tokenizer import PRE_TOKENIZERS, Detokenizer, Tokenizer, held_back
 
+SIZE = len(trained()[0]) + len(SPECIAL)
 TEXTS = [*AWKWARD.values(), *random_texts(600, seed=1)]
 
 
@@ -91,13 +92,18 @@ WRONG_WORDS = {
 
 
 @pytest.mark.parametrize(("right", "wrong"), WRONG_WORDS.values(), ids=WRONG_WORDS)
-def test_the_texts_would_show_words_cut_wrongly(right, wrong):
-    words = PRE_TOKENIZERS["qwen35"].words
-    assert right in words
-    split, other = (
-        pre_tokenizers.Split(Regex(regex), "isolated") for regex in (words, words.replace(right, wrong))
-    )
-    assert any(split.pre_tokenize_str(text) != other.pre_tokenize_str(text) for text in TEXTS)
+def test_the_texts_would_show_words_cut_wrongly(ours, make, monkeypatch, right, wrong):
+    pre = PRE_TOKENIZERS["qwen35"]
+    assert right in pre.words
+    broken = dataclasses.replace(pre, words=pre.words.replace(right, wrong))
+    monkeypatch.setitem(PRE_TOKENIZERS, "qwen35", broken)
+    other = make()
+    assert any(ours.encode(text) != other.encode(text) for text in TEXTS)
+
+
+def test_the_texts_would_show_merges_where_a_word_is_taken_whole(pairs):
+    ours, _ = pairs["llama-bpe"]
+    assert any(ours.ids["qzxjq"] in ours.encode(text) for text in TEXTS)
 
 
 def test_the_texts_would_show_normalisation(ours):
@@ -188,7 +194,7 @@ def test_a_file_without_token_types_has_normal_tokens_and_control_tokens_by_name
         ({"tokens": None}, "'tokenizer.ggml.tokens' is missing"),
         (
             {"token_type": [1, 1]},
-            "'tokenizer.ggml.token_type' is .*, expected .* an array of 2521",
+            f"'tokenizer.ggml.token_type' is .*, expected .* an array of {SIZE}",
         ),
         (
             {"bos_token_id": None, "add_bos_token": True},
@@ -206,9 +212,9 @@ def test_a_vocabulary_that_cannot_be_used_is_refused_by_key(make, changes, messa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("id", [-1, 2521, 10**12])
+@pytest.mark.parametrize("id", [-1, SIZE, 10**12])
 def test_an_id_that_is_no_token_is_refused(ours, id):
-    with pytest.raises(BadInput, match=f"token {id} is outside the vocabulary, expected 0 to 2520"):
+    with pytest.raises(BadInput, match=f"token {id} is outside the vocabulary, expected 0 to {SIZE - 1}"):
         ours.decode([0, id])
 
 
