@@ -15,6 +15,7 @@ import numpy as np
 
 from scarlet_jax.tools.parity.dump import Dump
 from scarlet_jax.tools.parity.graph import visible
+from scarlet_jax.tools.parity.logs import Sampled
 
 Change = Callable[[np.ndarray], np.ndarray]
 _SAMPLE = 1 << 16  # elements compared when values have to choose between arrangements
@@ -60,6 +61,26 @@ class Aligned(Mapping[str, np.ndarray]):
         return len(self._matches)
 
 
+class Whole(Mapping[str, np.ndarray]):
+    """A dump as it is, but for what engines may leave out of it."""
+
+    def __init__(self, dump: Mapping[str, np.ndarray]):
+        self._dump = dump
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self._dump[name]
+        return visible(array) if name.startswith("kq-") and not isinstance(array, Sampled) else array
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._dump
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dump)
+
+    def __len__(self) -> int:
+        return len(self._dump)
+
+
 def align(ours: Dump, reference: Dump) -> Alignment:
     """Match the taps of two dumps by name, then by shape."""
     matches = {}
@@ -81,7 +102,7 @@ def _same(x: np.ndarray) -> np.ndarray:
 
 def _match(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
     match = _by_shape(name, ours, reference)
-    if match is None or not name.startswith("kq-"):
+    if match is None or not name.startswith("kq-") or match.how.startswith("sampled"):
         return match
     return dataclasses.replace(
         match, ours=lambda x: visible(match.ours(x)), reference=lambda x: visible(match.reference(x))
@@ -89,12 +110,28 @@ def _match(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
 
 
 def _by_shape(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
+    if isinstance(ours, Sampled) or isinstance(reference, Sampled):
+        return _sampled(name, ours, reference)
     if ours.shape == reference.shape:
         return Match(name, _same, _same, "as-is")
     if ours.size == reference.size:
         how, change = _rearrange(ours, reference)
         return Match(name, change, _same, how)
     return _rows(name, ours, reference) or _padded(name, ours, reference)
+
+
+def _sampled(name: str, ours: np.ndarray | Sampled, reference: np.ndarray | Sampled) -> Match | None:
+    """A log's few entries: the other side is read at the same places."""
+    if ours.size != reference.size:
+        return None
+    if isinstance(ours, Sampled) and isinstance(reference, Sampled):
+        if ours.values.shape != reference.values.shape or ours.shape != reference.shape:
+            return None
+        return Match(name, lambda x: x.values, lambda x: x.values, "sampled")
+    few, side = (ours, "ours") if isinstance(ours, Sampled) else (reference, "reference")
+    assert isinstance(few, Sampled)
+    changes = {"ours": few.of, "reference": few.of} | {side: lambda x: x.values}
+    return Match(name, changes["ours"], changes["reference"], "sampled")
 
 
 def _rearrange(ours: np.ndarray, reference: np.ndarray) -> tuple[str, Change]:

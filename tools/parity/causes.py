@@ -113,6 +113,8 @@ def _best(found: Sequence[Hypothesis]) -> Hypothesis:
 
 def _case(pair: Pair, tap: Tap) -> Case:
     op = graph.find(tap.op, tap.kind)
+    if any(pair.sampled):
+        return _sampled_case(pair, tap, op)
     ours = np.asarray(pair.ours.taps[tap.name], np.float64)
     reference = np.asarray(pair.reference.taps[tap.name], np.float64)
     facts = pair.chosen.get((tap.kind, tap.op), pair.reference.facts)
@@ -126,6 +128,22 @@ def _case(pair: Pair, tap: Tap) -> Case:
             view = pair.reference.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[1].strict())
             right, ours = reference - (tap.local.ours_residual - tap.local.residual), reference
     return Case(ours, right.reshape(ours.shape), floor, view, op, tap)
+
+
+def _sampled_case(pair: Pair, tap: Tap, op: graph.Op | None) -> Case:
+    """A log against a dump: the dump against the formula, or else the few entries that both have."""
+    floor = tap.local.floor if tap.local else 0.0
+    if tap.local is not None and tap.local.method == "formula" and pair.whole is not None:
+        run = pair.whole[1 if pair.sampled[0] else 0]
+        ours = np.asarray(run.taps[tap.name], np.float64)
+        view = run.view(tap.layer, tap.kind, tap.local.facts)
+        return Case(ours, ours - tap.local.ours_residual, floor * _norm(ours), view, op, tap)
+    ours, reference = (np.asarray(run.taps[tap.name], np.float64) for run in (pair.ours, pair.reference))
+    return Case(ours, reference, floor * _norm(reference), None, None, tap)
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.sqrt(np.vdot(x, x)))
 
 
 def _not_finite(case: Case) -> Hypothesis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from scarlet_jax.tools.parity import (
     verdict,
 )
 from scarlet_jax.tools.parity.dump import Dump
+from scarlet_jax.tools.parity.logs import Sampled
 from scarlet_jax.tools.parity.readers import read
 from scarlet_jax.tools.parity.view import Run, residual_stream
 
@@ -106,6 +107,9 @@ class Comparison:
 
     def _decide(self) -> dict[str, Any]:
         label, first, factor = verdict.decide(self.taps)
+        why = verdict.unclear(self.taps, max(self.pair.resolution)) if first is None else ""
+        if why:
+            return self._result("inconclusive", why=why)
         cause = None
         if first is not None:
             cause = causes.name(self.pair, self.taps, first, self.weights)
@@ -126,11 +130,18 @@ class Comparison:
         before = residual_stream(layers)
         learned: dict[tuple[int | None, str], np.ndarray] = {}
         qtypes = _qtypes(self.ours, self.reference, self.weights)
-        runs = [Run(view, kinds, before, known, learned, self.weights, qtypes) for view in self.views]
+
+        def run(taps: Mapping[str, np.ndarray]) -> Run:
+            return Run(taps, kinds, before, known, learned, self.weights, qtypes)
+
+        sampled = tuple(any(isinstance(v, Sampled) for v in _values(d)) for d in (self.ours, self.reference))
         return local.Pair(
-            *runs,
+            run(self.views[0]),
+            run(self.views[1]),
             arithmetic=(local.Arithmetic(), local.Arithmetic()),
             resolution=(self.ours.resolution, self.reference.resolution),
+            whole=(run(align.Whole(self.ours)), run(align.Whole(self.reference))),
+            sampled=sampled,
         )
 
     def _drop_states(self) -> None:
@@ -188,7 +199,10 @@ class Comparison:
         return (stem if key[0] is None else f"blk.{layer}.{stem}"), ""
 
     def _judge(self) -> None:
-        arithmetics.infer(self.pair, self.taps, (self.ours, self.reference))
+        if any(self.pair.sampled):
+            self.pair.may_round = tuple("llama" in dump.engine.lower() for dump in (self.ours, self.reference))
+        else:
+            arithmetics.infer(self.pair, self.taps, (self.ours, self.reference))
         clean = True
         for tap in self.taps:
             clean = clean and tap.metrics.relative_l2 == 0
@@ -240,6 +254,11 @@ def _rows_cut(alignment: align.Alignment, reference: Dump) -> int:
             total = len(reference.tokens)
             return max(1, total - int(match.how.split()[1]))
     return 0
+
+
+def _values(dump: Dump) -> Iterable[Any]:
+    """The arrays of a log; nothing for dumps on disk, whose arrays are whole."""
+    return (dump[name] for name in dump) if dump.resolution else ()
 
 
 def split(name: str) -> tuple[str, int | None]:

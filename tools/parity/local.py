@@ -62,6 +62,8 @@ class Pair:
     arithmetic: tuple[Arithmetic, Arithmetic]
     resolution: tuple[float, float] = (0.0, 0.0)
     may_round: tuple[bool, bool] = (False, False)
+    whole: tuple[Run, Run] | None = None
+    sampled: tuple[bool, bool] = (False, False)
     chosen: dict[tuple[str, str], Facts] = dataclasses.field(default_factory=dict)
 
 
@@ -75,6 +77,8 @@ class _Prediction:
 
 def judge(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> Local:
     """The local evidence on `tap`, by the best method that the dumps and the model allow."""
+    if any(pair.sampled):
+        return _one_sided(pair, op, layer, kind, tap)
     ours, reference = (np.asarray(run.taps[tap], np.float64) for run in (pair.ours, pair.reference))
     if op is None:
         return _propagated(pair, tap, ours, reference, (), pair.reference.facts)
@@ -116,8 +120,34 @@ def _formula(
     )
 
 
+def _one_sided(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> Local:
+    """One dump holds only some entries: the other is held against the formula, where it needs nothing learned."""
+    ours, reference = (np.asarray(run.taps[tap], np.float64) for run in (pair.ours, pair.reference))
+    facts = pair.reference.facts
+    if op is not None and op.source:
+        return _direct(pair, ours, reference, facts)
+    if op is not None and not all(pair.sampled):
+        side = 1 if pair.sampled[0] else 0
+        alone = dataclasses.replace(
+            pair, ours=pair.whole[side], reference=pair.whole[side], arithmetic=(pair.arithmetic[side],) * 2,
+            resolution=(0.0, 0.0), sampled=(False, False),
+        )  # fmt: skip
+        try:
+            whole = np.asarray(alone.ours.taps[tap], np.float64)
+            facts = _facts(alone, dataclasses.replace(op, fit=None), layer, kind, whole)
+            own = _predict(alone, 0, dataclasses.replace(op, fit=None), layer, kind, facts, whole.shape)
+        except (Missing, AttributeError):
+            own = None
+        if own is not None:
+            left = whole - own.value
+            return _local(
+                "formula", left, left, 0 * left, own.noise, own.noise_f32, whole, own.inputs, facts, ours_residual=left
+            )
+    return _propagated(pair, tap, ours, reference, (), facts)
+
+
 def _direct(pair: Pair, ours: np.ndarray, reference: np.ndarray, facts: Facts) -> Local:
-    noise = np.abs(reference) * EPS32 + max(pair.resolution)
+    noise = np.abs(reference) * EPS32 + 1.5 * max(pair.resolution)
     return _local("direct", ours - reference, ours - reference, 0 * ours, noise, noise, reference, (), facts)
 
 

@@ -22,6 +22,7 @@ class Metrics:
         tokens: |ours_t - ref_t| / |ref_t| for each index of the first axis.
         not_finite: NaN or infinite elements of ours and of the reference.
         norm: |ref|.
+        size: elements compared.
     """
 
     relative_l2: float
@@ -32,6 +33,7 @@ class Metrics:
     tokens: np.ndarray
     not_finite: tuple[int, int]
     norm: float
+    size: int = 0
 
 
 def measure(ours: np.ndarray, ref: np.ndarray) -> Metrics:
@@ -57,6 +59,7 @@ def measure(ours: np.ndarray, ref: np.ndarray) -> Metrics:
         tokens=np.sqrt(np.divide(difference, other, out=np.zeros_like(difference), where=other > 0)),
         not_finite=(sum(s[5] for s in sums), sum(s[6] for s in sums)),
         norm=total[2] ** 0.5,
+        size=int(ours.size),
     )
 
 

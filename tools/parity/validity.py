@@ -5,11 +5,12 @@ Each check returns one sentence when it fails. A failed check means that no oper
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from scarlet_jax.tools.parity.dump import Dump
+from scarlet_jax.tools.parity.logs import Sampled
 from scarlet_jax.tools.parity.metrics import Metrics
 
 _SAMPLE = 1 << 14
@@ -31,7 +32,7 @@ def check(
         or _not_a_number(metrics)
         or _repeated(ours, "our dump")
         or _repeated(reference, "the reference")
-        or _shifted(ours, reference, metrics)
+        or _shifted(taps, reference, metrics)
         or _mislabelled(taps, metrics)
         or _other_text(taps, metrics)
     )
@@ -86,9 +87,10 @@ def _repeated(dump: Dump, who: str) -> str | None:
     return None
 
 
-def _shifted(ours: Dump, reference: Dump, metrics: Mapping[str, Metrics]) -> str | None:
+def _shifted(taps, reference: Dump, metrics: Mapping[str, Metrics]) -> str | None:
     """Layers numbered from another start, or hidden states taken one layer late."""
-    names = [n for n in _stream(reference) if n in ours and n in metrics]
+    ours, theirs = taps
+    names = [n for n in _stream(reference) if n in metrics]
     wrong = [n for n in names if metrics[n].relative_l2 > 10 * _SAME]
     if len(names) < 3 or len(wrong) < len(names) - 1:
         return None
@@ -97,8 +99,8 @@ def _shifted(ours: Dump, reference: Dump, metrics: Mapping[str, Metrics]) -> str
         pairs = [
             (n, chain[i + shift]) for i, n in enumerate(chain) if n in names and 0 <= i + shift < len(chain)
         ]
-        pairs = [(a, b) for a, b in pairs if b in reference and ours[a].shape == reference[b].shape]
-        close = [p for p in pairs if _difference(ours[p[0]], reference[p[1]]) < _SAME]
+        pairs = [(a, b) for a, b in pairs if b in metrics and ours[a].shape == theirs[b].shape]
+        close = [p for p in pairs if _difference(ours[p[0]], theirs[p[1]]) < _SAME]
         if len(pairs) >= 2 and len(close) >= 0.8 * len(pairs):
             return f"layers are shifted by {shift:+d}: our {close[0][0]} is the reference's {close[0][1]}"
     return None
@@ -151,7 +153,7 @@ def _stream(dump: Dump) -> list[str]:
 
 
 def _sample(x: np.ndarray) -> np.ndarray:
-    flat = x.reshape(-1)
+    flat = np.reshape(x.values if isinstance(x, Sampled) else x, -1)
     return np.array(flat[:: max(1, flat.size // _SAMPLE)])
 
 
@@ -159,7 +161,3 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
     a, b = _sample(a).astype(np.float64), _sample(b).astype(np.float64)
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
 
-
-def same_run(dumps: Sequence[Dump]) -> bool:
-    """Whether the dumps name one engine."""
-    return len({dump.engine for dump in dumps}) == 1

@@ -19,7 +19,7 @@ from scarlet_jax.tools.parity.metrics import Metrics
 EXIT = {"clean": 0, "noise": 0, "single-op": 1, "systematic": 1, "invalid": 2, "inconclusive": 3}
 
 # How well a floor is known, as the standard deviation of its logarithm: the formula's own rounding error within a
-# factor of 2, a product with an unknown matrix within 2.5, a bound on propagation within 3.
+# factor of 2, a product with an unknown matrix within 2.5, a bound on propagation a little less well.
 _UNCERTAINTY = {
     "formula": math.log(2),
     "direct": math.log(2),
@@ -249,3 +249,29 @@ def other_model(taps: Sequence[Tap]) -> bool:
     learned = [t for t in weighted if t.local.method in ("formula", "direct", "span")]
     broken = {t.op for t in learned if t.broken}
     return len(broken) >= 8 and sum(t.broken for t in learned) > 0.8 * len(learned)
+
+
+def unclear(taps: Sequence[Tap], resolution: float) -> str:
+    """Why nothing can be said although nothing was found; empty where something can."""
+    weighty = [t for t in taps if t.metrics.norm > 0]
+    if not weighty:
+        return "every tap of the reference is zero"
+    different = [t for t in weighty if t.metrics.relative_l2 > 0.05]
+    if len(taps) < 3 and different:
+        return f"{different[0].name} differs, but {len(taps)} tap{'s' * (len(taps) > 1)} cannot show where that begins"
+    jumps = [t for t in taps if t.local and t.local.method == "propagated" and t.local.ratio > 5 and not t.note]
+    if jumps:
+        return (
+            f"{jumps[0].name} differs by {jumps[0].metrics.relative_l2:.2g}, more than its inputs do, "
+            "but what it is computed from is not at hand; a --model would tell"
+        )
+    if not resolution:
+        return ""
+
+    def rounding(tap: Tap) -> float:
+        return resolution / 3**0.5 * tap.metrics.size**0.5 / tap.metrics.norm
+
+    hidden = [t for t in weighty if rounding(t) > 0.02]
+    if len(hidden) > 0.5 * len(weighty):
+        return f"values are rounded to {2 * resolution:g}: in {len(hidden)} of {len(weighty)} taps that hides up to 2 %"
+    return ""
