@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scarlet_jax import configs, ffn, gguf
+from scarlet_jax import compiled, configs, ffn, gguf
 from scarlet_jax.config import Arch, Block, Config
 from scarlet_jax.errors import BadInput
 from scarlet_jax.model import MIXERS, BlockWeights, Model, Weights
@@ -32,6 +32,7 @@ def load(path: str | Path, **options: Any) -> Model:
     Options are Model's: `context_length`, `kv_dtype`, `implementation`. Raises BadInput for a file that is
     broken, of an unknown architecture, or whose tensors are not all there and of the right shape.
     """
+    compiled.keep()
     file = gguf.read(path)
     arch = configs.find(file.architecture)
     cfg = arch.config(file.metadata)

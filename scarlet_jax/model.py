@@ -1,7 +1,9 @@
 """The model: embedding, blocks, head; and the boundary where Python meets compiled programs.
 
-Compiled piece by piece: one program for the embedding, one for each *kind* of block (layers of the same
-shapes and quant types share it), one for the head. Compiling 24 unrolled layers takes six times as long.
+Step by step, a model is compiled piece by piece: one program for the embedding, one for each *kind* of block
+(layers of the same shapes and quant types share it), one for the head; 24 unrolled layers would take six times
+as long. Where whole layers are kernels there is little to compile, and one program for all blocks spares the
+way through Python between them, which is a tenth of a small model's time a token.
 """
 
 from __future__ import annotations
@@ -113,11 +115,13 @@ def head(output_norm, output, hidden, eps, tapped=False, implementation="auto"):
 
 
 @jax.jit
-def _last(hidden: Array, count: Array) -> Array:
-    """The hidden state of each sequence's last real token: (B, T, D) -> (B, 1, D)."""
-    return jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)
+def _last(hidden: Array, count: Array, before: Array) -> Array:
+    """The hidden state of each sequence's last real token: (B, T, D) -> (B, D); `before` where it has none."""
+    latest = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(count[:, None] > 0, latest, before)
 
 
+@functools.partial(jax.jit, static_argnums=range(4))
 def init_state(cfg: config.Config, batch: int, slots: int, kv_dtype: Any = jnp.float32) -> State:
     """The state of `batch` sequences before their first token, with room for `slots` tokens each."""
     blocks = tuple(MIXERS[type(b.mixer)].init_state(b.mixer, batch, slots, kv_dtype) for b in cfg.blocks)
@@ -141,10 +145,21 @@ def trunk(
     With `in_place` the buffers of `state` are reused and `state` is gone. `positions` int32 (4, B, T)
     replaces those of plain text. `implementation` as in `ops.implementations`.
     """
+    arguments = (weights, tokens, count, state, positions, cfg, tapped, implementation)
+    if tapped or not _has_layer_kernels(implementation):
+        return _run_trunk(*arguments, run_block_in_place if in_place else run_block)
+    return (_trunk_program_in_place if in_place else _trunk_program)(*arguments)
+
+
+def _has_layer_kernels(implementation: str) -> bool:
+    with implementations.use(implementation):
+        return all(implementations.offered(operation) for operation in ("attention", "delta_net", "ffn"))
+
+
+def _run_trunk(weights, tokens, count, state, positions, cfg, tapped, implementation, step=run_block):
     span = Span.text(state.length, count, tokens.shape[1])
     if positions is not None:
         span = dataclasses.replace(span, positions=positions)
-    step = run_block_in_place if in_place else run_block
     x = embed(weights.token_embd, tokens)
     seen = {"model.input_embed": x} if tapped else {}
     states = []
@@ -155,6 +170,12 @@ def trunk(
         states.append(mixer_state)
         seen |= {f"{name}-{i}": value for name, value in taps.items()}
     return Traced(x, State(tuple(states), state.length + count), seen)
+
+
+# Blocks of a kind are still traced and lowered once: `run_block` is a function within the program.
+_jit_trunk = functools.partial(jax.jit, static_argnames=("cfg", "tapped", "implementation"))
+_trunk_program = _jit_trunk(_run_trunk)
+_trunk_program_in_place = _jit_trunk(_run_trunk, donate_argnames="state")
 
 
 def forward(weights, tokens, state, cfg) -> tuple[Array, State]:
@@ -278,12 +299,12 @@ class Model:
         With `consume` the buffers of `state` are reused, which spares a copy of the cache; it is gone after.
         """
         batch, state = self._enter(tokens, state)
-        last = jnp.zeros((len(batch.lengths), 1, self.config.embedding_length), jnp.float32)
+        last = np.zeros((len(batch.lengths), self.config.embedding_length), np.float32)
         for piece in batch.pieces():
             hidden, state, _ = self._trunk(piece, state, in_place=consume)
-            last = jnp.where(piece.count[:, None, None] > 0, _last(hidden, piece.count), last)
+            last = _last(hidden, piece.count, last)
             consume = True  # from here on the state is our own
-        logits = self._head(last)[0][:, 0]
+        logits, _ = self._head(last)
         return (logits[0] if batch.single else logits), state
 
     def taps(self, tokens: Any, select: str | None = None) -> dict[str, np.ndarray]:
@@ -335,21 +356,26 @@ class Model:
 
     def _grown(self, state: State, needed: int) -> State:
         """`state` with room for `needed` tokens a sequence, its caches copied into larger ones if need be."""
-        larger = functools.partial(init_state, self.config, len(state.length), _bucket(needed), self.kv_dtype)
-        target = jax.eval_shape(larger)
-        if all(new.size <= old.size for new, old in zip(*map(jax.tree.leaves, (target, state)), strict=True)):
+        size = (self.config, len(state.length), _bucket(needed), self.kv_dtype)
+        if all(new <= old.size for new, old in zip(_leaf_sizes(*size), jax.tree.leaves(state), strict=True)):
             return state
         copy = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)  # noqa: E731
-        return jax.tree.map(copy, larger(), state)
+        return jax.tree.map(copy, init_state(*size), state)
 
     def _trunk(self, piece: Piece, state: State, **options: Any) -> Traced:
-        tokens, count = jnp.asarray(piece.tokens), jnp.asarray(piece.count)
         options["implementation"] = self.implementation
-        return trunk(self.weights, tokens, count, state, self.config, **options)
+        return trunk(self.weights, piece.tokens, piece.count, state, self.config, **options)
 
     def _head(self, hidden: Array, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
         weights, eps = self.weights, self.config.layer_norm_rms_epsilon
         return head(weights.output_norm, weights.output, hidden, eps, tapped, self.implementation)
+
+
+@functools.lru_cache
+def _leaf_sizes(cfg: config.Config, batch: int, slots: int, kv_dtype: Any) -> list[int]:
+    """Elements of each array of such a state: remembered, because tracing it takes longer than a token."""
+    state = jax.eval_shape(functools.partial(init_state, cfg, batch, slots, kv_dtype))
+    return [leaf.size for leaf in jax.tree.leaves(state)]
 
 
 def _bucket(slots: int) -> int:
