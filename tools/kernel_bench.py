@@ -10,7 +10,6 @@ the roof of many. `of roof` compares with the nearer of the two.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import cpu
 from scarlet_jax.ops.qtensor import QTensor, block_size
 from scarlet_jax.ops.quants import DECODERS
+from scarlet_jax.tools import common
 
 # Weights for few rows are read from memory: several times what a last-level cache holds. For many rows a
 # matrix of a model's usual size does.
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--isa", default="", help="avx512, avx2 or generic (default: the best one here)")
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("--repeat", type=int, default=7, help="repetitions (default: 7)")
-    parser.add_argument("--json", metavar="FILE", help="write the results there, or to standard output (-)")
+    common.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -62,9 +62,7 @@ def run(args: argparse.Namespace) -> int | None:
     steps = track(cases, "measuring", console=console, transient=True, disable=not sys.stderr.isatty())
     results = [measure(qtype, count, args.repeat) for qtype, count in steps]
     if args.json:
-        document = {"isa": cpu.isa(), "threads": cpu.threads(), "results": results}
-        text = json.dumps(document, indent=1)
-        print(text) if args.json == "-" else open(args.json, "w", encoding="utf-8").write(text + "\n")
+        common.write_json(args.json, {"isa": cpu.isa(), "threads": cpu.threads(), "results": results})
     if args.json != "-":
         Console().print(_table(results))
     return None
@@ -81,7 +79,7 @@ def measure(qtype: str, count: int, repeat: int) -> dict:
     flops = library.scarlet_fma_all(iterations // 100) * 100
     jobs: list[Callable[[], object]] = [
         lambda: product(x, w).block_until_ready(),
-        lambda: library.scarlet_read_all(probe.ctypes.data, probe.nbytes),
+        lambda: cpu.read_memory(probe),
         lambda: library.scarlet_fma_all(iterations),
     ]
     seconds = alternate(jobs, repeat)

@@ -122,7 +122,8 @@ def qmatmul_experts(x: jax.Array, w: Weight, ids: jax.Array) -> jax.Array:
 def ffn(x: jax.Array, gate: Weight, up: Weight, down: Weight) -> jax.Array:
     """`(silu(x @ gate.T) * (x @ up.T)) @ down.T` in one call.
 
-    x f32 (..., in), gate and up (F, in), down (out, F) -> f32 (..., out). The weights' own scales are not applied: a caller whose weights have them takes the steps one by one.
+    x f32 (..., in), gate and up (F, in), down (out, F) -> f32 (..., out). The weights' own scales are not
+    applied: a caller whose weights have them takes the steps one by one.
     """
     chex.assert_type(x, jnp.float32)
     arrays, qtypes = zip(_packed(gate), _packed(up), _packed(down), strict=True)

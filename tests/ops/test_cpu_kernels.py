@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +27,7 @@ from support_blocks import (
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import cpu
+from scarlet_jax.ops.cpu import build
 from scarlet_jax.ops.qtensor import QTensor, block_size
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -421,25 +426,32 @@ def test_integer_weights_are_not_covered():
 # --- the process ------------------------------------------------------------------------------------
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+def run_python(code: str, limit: float = 120, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=limit
+    )
 
 
-@pytest.mark.parametrize("isa", ["avx512"], indirect=True)  # once is enough
+once = pytest.mark.parametrize("isa", ["generic"], indirect=True)  # not for every instruction set
+
+
+@once
 def test_environment(isa):
     code = "from scarlet_jax.ops import cpu; print(cpu.unavailable()); print(cpu.isa(), cpu.threads())"
     assert run_python(code, SCARLET_CPU_ISA="generic", SCARLET_THREADS="3").stdout == "None\ngeneric 3\n"
     wrong = run_python(code, SCARLET_CPU_ISA="neon").stdout
-    assert wrong == "instruction set neon: expected one of avx512 avx2 generic\n"
+    assert wrong.startswith("instruction set neon: expected one of")
+    assert wrong.endswith(" generic\n")
 
 
-@pytest.mark.parametrize("isa", ["avx512"], indirect=True)
+@once
 def test_fork(isa):
     """A child of a process whose team is at work has none of its threads, and makes a team of its own."""
     code = """
 import ctypes, os
 from scarlet_jax.ops import cpu
+from scarlet_jax.ops.cpu import build
 cpu.set_threads(3)
 library = cpu._library()
 assert library.scarlet_fma_all(1000) > 0
@@ -451,3 +463,76 @@ assert library.scarlet_fma_all(1000) > 0
 print("both")
 """
     assert run_python(code).stdout == "both\n"
+
+
+# --- the build --------------------------------------------------------------------------------------
+
+
+@once
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "no-such-compiler: No such file or directory"), ("false", "false -std=c++17")],
+)
+def test_without_a_compiler_the_package_says_so(isa, compiler, reason, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    (tmp_path / build.LIBRARY).write_text("an older one")
+    assert build.build_or_note(tmp_path).startswith(reason)
+    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
+    with pytest.raises(Exception, match=f"the compiled kernels were not built: {re.escape(reason)}"):
+        cpu._library.__wrapped__()
+
+
+@once
+def test_a_library_that_does_not_load(isa, tmp_path, monkeypatch):
+    (tmp_path / build.LIBRARY).write_text("not a library")
+    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
+    with pytest.raises(Exception, match="the compiled kernels do not load"):
+        cpu._library.__wrapped__()
+
+
+@once
+@pytest.mark.slow
+def test_sanitizers(isa, tmp_path):
+    """This file's tests in a process whose kernels are built with AddressSanitizer and UBSan."""
+    compiler = build._find_compiler()
+    runtimes = [
+        subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(os.path.isabs(path) for path in runtimes):
+        pytest.skip("the compiler has no shared sanitizer runtimes")
+    build.compile_library(tmp_path / build.LIBRARY, sanitize=True)
+    code = f"""
+import pathlib, pytest, sys
+from scarlet_jax.ops import cpu
+from scarlet_jax.ops.cpu import build
+cpu._FOLDER = pathlib.Path({str(tmp_path)!r})
+assert cpu.unavailable() is None, cpu.unavailable()
+sys.exit(pytest.main([{__file__!r}, "-q", "-x", "-p", "no:cacheprovider", "-k", "not environment and not fork"]))
+"""
+    options = {"LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
+    result = run_python(code, **options, limit=1800)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+@once
+@pytest.mark.slow
+def test_wheel(isa, tmp_path):
+    """A wheel holds the library, for any Python of this platform."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__", "*.gguf")
+    shutil.copytree(Path(__file__).parents[2], source, symlinks=True, ignore=ignored)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=1200)
+    (wheel,) = tmp_path.glob("scarlet_jax-*-py3-none-*.whl")
+    assert "scarlet_jax/ops/cpu/" + build.LIBRARY in zipfile.ZipFile(wheel).namelist()
