@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from scarlet_jax import hub
 from scarlet_jax.errors import BadInput
 from scarlet_jax.model import Model
 from scarlet_jax.ops import cpu
@@ -115,9 +116,10 @@ def run(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of contract: ours at the top, the other engine's under `reference`."""
     slots = args.prompt_tokens + args.new_tokens
+    ours: dict[str, Any] = _fresh_process(hub.resolve(args.model))
     began = time.perf_counter()
     model = common.load_model(args)
-    ours: dict[str, Any] = {"load_s": time.perf_counter() - began}
+    ours["load_s"] = time.perf_counter() - began
     if slots > model.context_length:
         raise BadInput(
             f"-p and -n: {slots} tokens in all, expected at most the context, {model.context_length}"
@@ -141,7 +143,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         figures["prefill_tps"] = args.prompt_tokens / prefill_s
         figures["decode_tps"] = 1 / decode_s
         figures["roofline_fraction"] = weight_bytes / decode_s / bandwidth
-    ours |= _fresh_process(model.gguf.path)
     return {
         "model": str(model.gguf.path.name),
         "prompt_tokens": args.prompt_tokens,
@@ -200,7 +201,10 @@ def weight_bytes_per_token(model: Model) -> int:
 
 
 def _fresh_process(path: Any) -> dict[str, Any]:
-    """Start-up as a user meets it: a new process, up to its first token, and the most memory it held."""
+    """Start-up as a user meets it: a new process, up to its first token, and the most memory it held.
+
+    To be called while this process is small: a child's peak begins with its parent's memory.
+    """
     command = [sys.executable, "-m", "scarlet_jax", "generate", str(path)]
     began = time.perf_counter()
     subprocess.run(
@@ -217,19 +221,20 @@ def _fresh_process(path: Any) -> dict[str, Any]:
 
 def _table(result: dict[str, Any]) -> Table:
     reference = result["reference"] or {}
-    table = Table(title=f"{result['model']} · {result['path']}", title_justify="left")
+    caption = f"beside {reference['engine']}" if reference else None
+    table = Table(title=f"{result['model']} · {result['path']}", title_justify="left", caption=caption)
     table.add_column("")
     table.add_column("scarlet_jax", justify="right")
     if reference:
-        table.add_column(reference["engine"], justify="right")
+        table.add_column("llama.cpp", justify="right")
         table.add_column("ratio", justify="right")
     rows = [
         ("prefill_tps", f"prefill of {result['prompt_tokens']}, tokens/s", "{:.1f}"),
         ("decode_tps", "decode, tokens/s", "{:.2f}"),
         ("roofline_fraction", f"of {result['read_bandwidth'] / 1e9:.1f} GB/s read bandwidth", "{:.0%}"),
         ("load_s", "load, s", "{:.2f}"),
-        ("first_token_s", "process start to first token, s", "{:.2f}"),
-        ("peak_rss_bytes", "peak memory, bytes", "{:,}"),
+        ("first_token_s", "start to first token, s", "{:.2f}"),
+        ("peak_rss_bytes", "peak memory, bytes", "{:.3e}"),
     ]
     for key, label, style in rows:
         cells = [style.format(result[key])]

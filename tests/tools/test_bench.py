@@ -1,0 +1,36 @@
+"""`scarlet bench`: what it counts, and that every figure is there. Never how fast."""
+
+import json
+
+import pytest
+from models import PACKABLE, model, path
+
+from scarlet_jax.tools import bench, cli
+
+FIGURES = {"prefill_tps", "decode_tps", "load_s", "roofline_fraction"}
+
+
+def test_figures_of_both_engines(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    flags = ["-p", "5", "-n", "3", "--repeat", "1", "--against", "llama.cpp", "--json", str(out)]
+    assert cli.main(["bench", str(path(PACKABLE, "Q4_K")), *flags]) == 0
+    result = json.loads(out.read_text())
+    ours = FIGURES | {"first_token_s", "peak_rss_bytes", "weight_bytes_per_token", "read_bandwidth"}
+    assert all(result[figure] > 0 for figure in ours)
+    assert all(result["reference"][figure] > 0 for figure in FIGURES)
+    # The roofline is bytes a token over bytes a second, whatever the machine.
+    seconds = result["weight_bytes_per_token"] / result["read_bandwidth"]
+    assert result["roofline_fraction"] == pytest.approx(seconds * result["decode_tps"], rel=1e-6)
+    assert "llama.cpp" in capsys.readouterr().out
+
+
+def test_a_token_reads_every_weight_but_the_embedding():
+    loaded = model(PACKABLE, "Q4_K")
+    stored = {name: t.data.nbytes for name, t in loaded.gguf.tensors.items()}
+    assert bench.weight_bytes_per_token(loaded) == sum(stored.values()) - stored["token_embd.weight"]
+
+
+@pytest.mark.parametrize("flags", [["-p", "0"], ["-n", "-1"], ["--repeat", "0"], ["-p", "4090", "-n", "90"]])
+def test_bad_flags(flags, capsys):
+    assert cli.main(["bench", str(path(PACKABLE, "Q4_K")), *flags]) == 2
+    assert capsys.readouterr().err.startswith("scarlet bench: ")
