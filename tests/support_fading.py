@@ -28,14 +28,14 @@ class Fading:
         self.tokenizer = tokenizer or types.SimpleNamespace(eos_ids=frozenset(stop))
         self.gguf = gguf
         self.calls = []
-        self.before_call = lambda: None
+        self.at_end = lambda: None
 
     def last_logits(self, tokens, state: Any = None, *, consume=False):
-        self.before_call()
         self.calls.append(list(tokens))
         memory = jnp.zeros(WIDTH) if state is None else state + 0
         for token in tokens:
             memory = DECAY * memory + self.embedding[token]
         if consume and state is not None:
             state.delete()
+        self.at_end()
         return self.head @ memory, memory

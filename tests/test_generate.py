@@ -205,10 +205,10 @@ def test_an_interrupted_step_leaves_no_spoilt_state(call):
 
     def interrupt():
         if len(model.calls) == call:
-            model.before_call = lambda: None
+            model.at_end = lambda: None
             raise KeyboardInterrupt
 
-    model.before_call = interrupt
+    model.at_end = interrupt
     with pytest.raises(KeyboardInterrupt):
         list(generate(model, PROMPT, cache=cache, steady=3))
     longer = [*PROMPT, *greedy(PROMPT, 4)]

@@ -35,6 +35,7 @@ SETTINGS = [
     Sampling(1.0, min_p=1.0),
     Sampling(0.7, top_k=20, top_p=0.95, min_p=0.02),
     Sampling(1.3, top_k=12, top_p=0.6),
+    Sampling(1.0, top_k=20, top_p=0.2),
     Sampling(1.3, top_k=-1, top_p=0.8, min_p=0.3),
 ]
 
