@@ -174,11 +174,10 @@ static SCARLET_INLINE void tile(const float* const* x, const float* w, int64_t s
       SCARLET_UNROLL for (int m = 0; m < M; m++) acc[m][n] = Simd::fma(v[m], u, acc[m][n]);
     }
   }
+  float sums[M][N];
+  Simd::sums<M * N>(&acc[0][0], &sums[0][0]);
   SCARLET_UNROLL for (int m = 0; m < M; m++) {
-    SCARLET_UNROLL for (int n = 0; n < N; n++) {
-      const float sum = Simd::sum(acc[m][n]);
-      y[m][n] = first ? sum : y[m][n] + sum;
-    }
+    SCARLET_UNROLL for (int n = 0; n < N; n++) y[m][n] = first ? sums[m][n] : y[m][n] + sums[m][n];
   }
 }
 

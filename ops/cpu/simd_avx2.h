@@ -38,6 +38,11 @@ struct Simd {  // the members are explained in simd_avx512.h
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
   }
 
+  template <int count>
+  static SCARLET_INLINE void sums(const F* v, float* out) {
+    SCARLET_UNROLL for (int i = 0; i < count; i++) out[i] = sum(v[i]);
+  }
+
   static SCARLET_INLINE I set1i(int x) { return _mm256_set1_epi32(x); }
   static SCARLET_INLINE I from_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(load8(p)); }
   static SCARLET_INLINE I from_i8(const uint8_t* p) { return _mm256_cvtepi8_epi32(load8(p)); }

@@ -34,11 +34,17 @@ struct Simd {
   static SCARLET_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static SCARLET_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static SCARLET_INLINE F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }  // a b - c
+  // The sum of the lanes.
   static SCARLET_INLINE float sum(F v) {
-    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+    v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
+    v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+    return _mm_cvtss_f32(sum_of_quarters(v));
+  }
+  // The same of `count` vectors, to the last bit, four at a time.
+  template <int count>
+  static SCARLET_INLINE void sums(const F* v, float* out) {
+    SCARLET_UNROLL for (int i = 0; i + 4 <= count; i += 4) _mm_storeu_ps(out + i, sum_of_4(v + i));
+    SCARLET_UNROLL for (int i = count / 4 * 4; i < count; i++) out[i] = sum(v[i]);
   }
 
   static SCARLET_INLINE I set1i(int x) { return _mm512_set1_epi32(x); }
@@ -112,6 +118,17 @@ struct Simd {
   }
 
  private:
+  static SCARLET_INLINE __m128 sum_of_quarters(F v) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  static SCARLET_INLINE __m128 sum_of_4(const F* v) {
+    const F a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const F b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    const F low = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), high = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    return sum_of_quarters(_mm512_add_ps(low, high));
+  }
   static SCARLET_INLINE __m128i load16(const uint8_t* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   }

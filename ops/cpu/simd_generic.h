@@ -39,6 +39,11 @@ struct Simd {  // the members are explained in simd_avx512.h
     return a + b;
   }
 
+  template <int count>
+  static SCARLET_INLINE void sums(const F* v, float* out) {
+    SCARLET_UNROLL for (int i = 0; i < count; i++) out[i] = sum(v[i]);
+  }
+
   static SCARLET_INLINE I set1i(int x) { return I{x, x, x, x, x, x, x, x}; }
   static SCARLET_INLINE I from_u8(const uint8_t* p) {
     typedef uint8_t U8 __attribute__((vector_size(8)));

@@ -197,6 +197,15 @@ def test_rows_do_not_depend_on_their_neighbours(qtype):
         np.testing.assert_array_equal(cpu.qmatmul(x[:count], w), one_by_one[:count])
 
 
+@pytest.mark.parametrize("qtype", ["Q4_K", "F16"])
+def test_many_rows_do_not_depend_on_their_number(qtype):
+    w = QTensor(make_rows(qtype, out=103, blocks=5), qtype)
+    x = activations(40, w.shape[1])
+    whole = np.asarray(cpu.qmatmul(x, w))
+    np.testing.assert_array_equal(cpu.qmatmul(x[:5], w), whole[:5])
+    np.testing.assert_array_equal(cpu.qmatmul(x[:23], w), whole[:23])
+
+
 def test_two_callers_at_once(many_threads):
     """Neither waits for the other's work, and both are right."""
     many_threads(3)
