@@ -74,7 +74,7 @@ def _product(case: Any, weights: Any) -> _Product | None:
         return None
     tokens = np.linspace(0, len(residual) - 1, min(_TOKENS, len(residual))).astype(int)
     if looked_up:
-        rows, columns = np.asarray(case.view.facts.tokens)[tokens], slice(None)
+        rows, columns = np.asarray(case.view.facts.tokens)[slice(*case.view.facts.kept)][tokens], slice(None)
     else:
         rows = np.linspace(0, len(raw) - 1, min(_ROWS, len(raw))).astype(int)
         columns, inputs = rows, inputs[tokens]

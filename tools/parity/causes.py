@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from scarlet_jax.tools.parity import bits, graph, structure, swaps
-from scarlet_jax.tools.parity.local import Pair
+from scarlet_jax.tools.parity.local import Pair, judge
 from scarlet_jax.tools.parity.verdict import Tap
 from scarlet_jax.tools.parity.view import LayerView
 
@@ -113,6 +113,8 @@ def _best(found: Sequence[Hypothesis]) -> Hypothesis:
 
 def _case(pair: Pair, tap: Tap) -> Case:
     op = graph.find(tap.op, tap.kind)
+    with np.errstate(all="ignore"):
+        tap = dataclasses.replace(tap, local=judge(pair, op, tap.layer, tap.kind, tap.name))
     if any(pair.sampled):
         return _sampled_case(pair, tap, op)
     ours = np.asarray(pair.ours.taps[tap.name], np.float64)

@@ -33,6 +33,7 @@ class Facts:
         query_scaled: queries of the delta rule were tapped after their scale.
         l2_floor: the L2 norm is x / max(|x|, eps).
         experts_used: k of the router.
+        kept: first and last (exclusive) of the token rows that are looked at.
         cut: the compared rows are not all rows of the run: nothing that looks back can be re-run.
     """
 
@@ -54,6 +55,7 @@ class Facts:
     l2_floor: bool = False
     experts_used: int = 0
     cut: bool = False
+    kept: tuple[int, int | None] = (0, None)
 
     @property
     def rotary(self) -> int:

@@ -135,13 +135,18 @@ def _nothing(v: Any) -> np.ndarray:
 # --- norms ----------------------------------------------------------------------------------------------------
 
 
+def known(energy: np.ndarray) -> np.ndarray:
+    """Energies to divide by; NaN where there is too little to learn a weight from: its channel is not judged."""
+    return np.where(energy > 1e-10 * max(float(np.mean(energy)), 1e-300), energy, np.nan)
+
+
 def _fit_gain(stem: str, source: Callable[[Any], np.ndarray]) -> Fit:
     """The per-channel weight that turns `source` into the output, least squares over tokens and heads."""
 
     def fit(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
         x = source(v).reshape(-1, y.shape[-1])
         energy = (x * x).sum(axis=0)
-        return {stem: (x * y.reshape(x.shape)).sum(axis=0) / np.where(energy > 0, energy, 1)}
+        return {stem: (x * y.reshape(x.shape)).sum(axis=0) / known(energy)}
 
     return fit
 
@@ -219,8 +224,9 @@ def _bare_norm(name: str, kind: str, source: Callable[[Any], np.ndarray]) -> Non
 # --- ends of the model ----------------------------------------------------------------------------------------
 
 
-def _embed(v: Any) -> np.ndarray:
-    return v.weight("token_embd")[np.asarray(v.facts.tokens)]
+def _embed(v: Any, offset: int = 0) -> np.ndarray:
+    ids = np.asarray(v.facts.tokens)[slice(*v.facts.kept)]
+    return v.rows("token_embd", ids + offset)
 
 
 _add(
@@ -231,11 +237,9 @@ _add(
     weight="token_embd",
     source=True,
     variants={
-        "embedding-scale": lambda v: _embed(v) * np.sqrt(v.weight("token_embd").shape[1]),
-        "token-offset": lambda v: v.weight("token_embd")[
-            (np.asarray(v.facts.tokens) + 1) % len(v.weight("token_embd"))
-        ],
-        "token-offset, -1": lambda v: v.weight("token_embd")[np.asarray(v.facts.tokens) - 1],
+        "embedding-scale": lambda v: _embed(v) * _embed(v).shape[1] ** 0.5,
+        "token-offset": lambda v: _embed(v, 1),
+        "token-offset, -1": lambda v: _embed(v, -1),
     },
 )
 _bare_norm("norm", "end", lambda v: v.before())
@@ -346,7 +350,9 @@ def _fit_conv(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
     shifted = np.stack([padded[j : j + len(y)] for j in range(width)], axis=-1).transpose(
         1, 0, 2
     )  # (C, T, W)
-    return {"ssm_conv1d": (np.linalg.pinv(shifted, rcond=1e-9) @ y.T[:, :, None])[..., 0]}
+    kernel = (np.linalg.pinv(shifted, rcond=1e-9) @ y.T[:, :, None])[..., 0]
+    energy = (shifted**2).sum(axis=(1, 2))
+    return {"ssm_conv1d": np.where(np.isnan(known(energy))[:, None], np.nan, kernel)}
 
 
 def _shifted(v: Any, by: int) -> np.ndarray:
@@ -713,7 +719,7 @@ def _gated_norm(v: Any, change: Callable[..., np.ndarray] | None = None) -> np.n
 def _fit_out_norm(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
     o, z = _out_norm(v)
     x = f.rms(o, v.facts.eps) * f.silu(z)
-    return {"ssm_norm": (x * y.reshape(x.shape)).sum(axis=(0, 1)) / (x * x).sum(axis=(0, 1))}
+    return {"ssm_norm": (x * y.reshape(x.shape)).sum(axis=(0, 1)) / known((x * x).sum(axis=(0, 1)))}
 
 
 _GATED_NORM_FAULTS: dict[str, Callable[..., np.ndarray]] = {
@@ -962,11 +968,15 @@ def _qkv(v: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(heads(v(name), v.facts.head_dim) for name in ("Qcur", "Kcur", "Vcur"))
 
 
-def _kq(v: Any, other_heads: bool = False) -> np.ndarray:
+def _all_scores(v: Any, other_heads: bool = False) -> np.ndarray:
     if v.facts.cut or v.facts.first_position:
         raise Missing("the keys of earlier tokens")
     q, k = heads(v("Qcur"), v.facts.head_dim), heads(v("Kcur"), v.facts.head_dim)
-    return visible(f.scores(v.kv(q), v.kv(k), _read(v, q.shape[1], k.shape[1], other_heads)))
+    return f.scores(v.kv(q), v.kv(k), _read(v, q.shape[1], k.shape[1], other_heads))
+
+
+def _kq(v: Any, other_heads: bool = False) -> np.ndarray:
+    return visible(_all_scores(v, other_heads))
 
 
 def visible(kq: np.ndarray) -> np.ndarray:
@@ -976,11 +986,12 @@ def visible(kq: np.ndarray) -> np.ndarray:
     return np.where(f.causal_mask(len(kq), len(kq))[:, None], kq, kq.dtype.type(0))
 
 
-def _probabilities(v: Any, *, scale: float | None = None, mask: np.ndarray | None = None) -> np.ndarray:
-    kq = v("kq")
+def _probabilities(v: Any, *, scale: float | None = None, mask: Callable | None = None) -> np.ndarray:
+    """Softmax of the scores; another `mask` (of the scores, to bool (T, S)) may see keys to come."""
+    kq = v("kq") if mask is None else _all_scores(v)
     scale = v.facts.head_dim**-0.5 if scale is None else scale
-    visible = f.causal_mask(kq.shape[0], kq.shape[2]) if mask is None else mask
-    return f.softmax(np.where(visible[:, None], kq * kq.dtype.type(scale), -np.inf))
+    seen = f.causal_mask(kq.shape[0], kq.shape[2]) if mask is None else mask(kq)
+    return f.softmax(np.where(seen[:, None], kq * kq.dtype.type(scale), -np.inf))
 
 
 def _window(kq: np.ndarray, width: int) -> np.ndarray:
@@ -1000,9 +1011,9 @@ def _values(v: Any, other_heads: bool = False) -> np.ndarray:
 _SOFTMAX_FAULTS: dict[str, Run] = {
     "missing-scale": lambda v: _probabilities(v, scale=1.0),
     "double-scale": lambda v: _probabilities(v, scale=1 / v.facts.head_dim),
-    "mask": lambda v: _probabilities(v, mask=np.ones((v("kq").shape[0], v("kq").shape[2]), bool)),
-    "mask, one key too few": lambda v: _probabilities(v, mask=_strict(v("kq"))),
-    "mask, one key too many": lambda v: _probabilities(v, mask=_lax(v("kq"))),
+    "mask": lambda v: _probabilities(v, mask=lambda kq: np.ones((kq.shape[0], kq.shape[2]), bool)),
+    "mask, one key too few": lambda v: _probabilities(v, mask=_strict),
+    "mask, one key too many": lambda v: _probabilities(v, mask=_lax),
     "missing-softmax": lambda v: np.where(
         f.causal_mask(v("kq").shape[0], v("kq").shape[2])[:, None], v("kq") * v.facts.head_dim**-0.5, 0
     ),
@@ -1014,7 +1025,7 @@ _SOFTMAX_FAULTS: dict[str, Run] = {
         )
     ),
     **{
-        f"mask, window {width}": (lambda v, width=width: _probabilities(v, mask=_window(v("kq"), width)))
+        f"mask, window {width}": (lambda v, width=width: _probabilities(v, mask=lambda kq: _window(kq, width)))
         for width in (4, 8, 16, 32, 64, 128, 256, 512, 1024)
     },
 }

@@ -106,14 +106,15 @@ def _formula(
     reference: np.ndarray,
     facts: Facts,
 ) -> Local:
-    left, right = ours - own.value, reference - predicted.value
-    noise = np.hypot(own.noise, predicted.noise)
+    told = np.isfinite(own.value) & np.isfinite(predicted.value)  # else a weight could not be learned there
+    left, right = (np.where(told, y - p.value, 0) for y, p in ((ours, own), (reference, predicted)))
+    noise = np.where(told, np.hypot(own.noise, predicted.noise), 0)
     noise = np.hypot(noise, max(pair.resolution) / 3**0.5)
-    f32 = np.hypot(own.noise_f32, predicted.noise_f32)
+    f32 = np.where(told, np.hypot(own.noise_f32, predicted.noise_f32), 0)
     # A formula that fits neither engine is not theirs: how far it errs on both may move with the inputs.
     unmodelled = min(_norm(left), _norm(right))
     if unmodelled > 10 * _norm(noise):
-        moved = _norm(own.value - predicted.value) / max(_norm(predicted.value), 1e-300)
+        moved = _norm((own.value - predicted.value)[told]) / max(_norm(predicted.value[told]), 1e-300)
         noise = np.hypot(noise, unmodelled / max(1, noise.size) ** 0.5 * min(1.0, 3 * moved + 1e-6))
     return _local(
         "formula", left - right, left, right, noise, f32, reference, (*own.inputs,), facts, ours_residual=left
@@ -138,12 +139,14 @@ def _one_sided(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str
             own = _predict(alone, 0, dataclasses.replace(op, fit=None), layer, kind, facts, whole.shape)
         except (Missing, AttributeError):
             own = None
+            facts = pair.reference.facts
         if own is not None:
             left = whole - own.value
             return _local(
                 "formula", left, left, 0 * left, own.noise, own.noise_f32, whole, own.inputs, facts, ours_residual=left
             )
-    return _propagated(pair, tap, ours, reference, (), facts)
+    inputs = _inputs(alone, op, layer, kind, facts) if op is not None and not all(pair.sampled) else ()
+    return _propagated(pair, tap, ours, reference, inputs, facts)
 
 
 def _direct(pair: Pair, ours: np.ndarray, reference: np.ndarray, facts: Facts) -> Local:

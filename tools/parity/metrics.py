@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 
 import numpy as np
 
 _CHUNK = 1 << 20  # elements looked at together: large enough for numpy, small enough for any cache and memory
+
+
+_RELEASE_EVERY = 16  # chunks, 64 MiB a side
+
+
+def release(array: np.ndarray) -> None:
+    """Give the pages of a memory-mapped array back; they are read again if asked for."""
+    base = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +55,12 @@ def measure(ours: np.ndarray, ref: np.ndarray) -> Metrics:
     rows = shape[0] if ours.ndim else 1
     ours, ref = ours.reshape(max(rows, 1), -1), ref.reshape(max(rows, 1), -1)
     step = max(1, _CHUNK // max(1, ours.shape[1]))
-    sums = [
-        _sums(ours[start : start + step], ref[start : start + step]) for start in range(0, max(rows, 1), step)
-    ] or [_sums(ours, ref)]
+    sums = []
+    for start in range(0, max(rows, 1), step):
+        sums.append(_sums(ours[start : start + step], ref[start : start + step]))
+        if start // step % _RELEASE_EVERY == _RELEASE_EVERY - 1:
+            release(ours)
+            release(ref)
     difference, own, other, dot = (np.concatenate([s[i] for s in sums]) for i in range(4))
     peaks = [s[4] for s in sums]
     best = int(np.argmax([value for value, _ in peaks]))

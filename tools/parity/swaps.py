@@ -103,7 +103,7 @@ def _rearrangements(
 ) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     facts = case.view.facts
     rows = shape[0] if shape else 0
-    for dim in sorted({1, facts.value_dim} - {0}):
+    for dim in sorted({1, facts.value_dim} - {0}) if case.tap.klass in ("ssm", "attention") else ():
         for label, order in _head_orders(dim, facts):
             index = order(rows)
             if index is not None:

@@ -23,8 +23,8 @@ EXIT = {"clean": 0, "noise": 0, "single-op": 1, "systematic": 1, "invalid": 2, "
 _UNCERTAINTY = {
     "formula": math.log(2),
     "direct": math.log(2),
-    "span": math.log(2.5),
-    "propagated": math.log(3),
+    "span": math.log(2),
+    "propagated": math.log(2.2),
 }
 FALSE_DISCOVERIES = 1e-3
 
@@ -189,6 +189,17 @@ def places(taps: Sequence[Tap]) -> int:
         return next((f for f in close if set(names) & set(FAMILIES[f])), tap.op)
 
     return len({(family(t), t.layer) for t in taps if t.broken and not t.alias})
+
+
+def onset(taps: Sequence[Tap], tokens: int, count: int) -> int:
+    """First token of the window of `count` to look into: 0, unless divergence sets in after the first `count`."""
+    curves = [t.metrics.tokens for t in taps if len(t.metrics.tokens) == tokens and t.layer is not None]
+    worst = np.max([np.nan_to_num(c, nan=0.0, posinf=0.0) for c in curves], axis=0)
+    usual = float(np.median(worst[:count])) + 1e-6
+    late = np.flatnonzero(worst[count:] > 100 * usual)
+    if not len(late):
+        return 0
+    return int(min(tokens - count, max(0, count + late[0] - count // 4)))
 
 
 def axes(taps: Sequence[Tap]) -> tuple[float, float]:

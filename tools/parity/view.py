@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,6 +166,13 @@ class LayerView:
             return self.run.learned[key].astype(self.dtype, copy=False)
         raise Missing(stem)
 
+    def rows(self, stem: str, ids: np.ndarray) -> np.ndarray:
+        """Some rows of a table, decoded alone."""
+        given = self.run.given
+        if given is not None and hasattr(given, "rows") and (None, stem) in given:
+            return given.rows((None, stem), ids).astype(self.dtype, copy=False)
+        return self.weight(stem)[ids]
+
     def linear(self, stem: str, x: np.ndarray) -> np.ndarray:
         """x W^T, in the arithmetic to imitate."""
         x = self._activation(stem, x)
@@ -186,6 +193,31 @@ class LayerView:
         """Keys, values and the queries that meet them, as the cache holds them."""
         rounding = KV_ROUNDING.get(self.arithmetic.kv)
         return x if rounding is None else rounding(x)
+
+
+class Window(Mapping[str, np.ndarray]):
+    """Some token rows of every tap that has them all: what a large dump is judged on."""
+
+    def __init__(self, taps: Taps, tokens: int, rows: slice):
+        self._taps, self._tokens, self.rows = taps, tokens, rows
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self._taps[name]
+        if array.ndim < 2 or len(array) != self._tokens:
+            return array
+        kept = array[self.rows]
+        if kept.ndim == 3 and array.shape[2] == self._tokens and not self.rows.start:  # keys of a prefix
+            return kept[:, :, self.rows]
+        return kept
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._taps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taps)
+
+    def __len__(self) -> int:
+        return len(self._taps)
 
 
 _GLOBAL = ("token_embd", "output", "output_norm")

@@ -76,6 +76,12 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
             self._cache[name] = decode(tensor.data, tensor.qtype) * self._scale(name)
         return self._cache[name]
 
+    def rows(self, key: tuple[int | None, str], ids: np.ndarray) -> np.ndarray:
+        """Rows `ids` of a table."""
+        name = self.tensor_name(key)
+        tensor = self._file.tensors[name]
+        return decode(tensor.data[np.asarray(ids)], tensor.qtype) * self._scale(name)
+
     def _scale(self, name: str) -> np.ndarray | np.float32:
         """The separate `X.scale` of a weight `X.weight`, one value (or one an expert)."""
         scale = self._file.tensors.get(name.removesuffix(".weight") + ".scale")
