@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from scarlet_jax import hub
@@ -20,8 +21,10 @@ from scarlet_jax.errors import BadInput
 from scarlet_jax.generate import Stats
 from scarlet_jax.load import load
 from scarlet_jax.model import Model
+from scarlet_jax.ops import cpu
 
 BACKENDS = ("auto", "cpu", "gpu", "tpu")
+KV_DTYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 _THINK = {"on": True, "off": False}
 
 # Characters that would move the cursor, or worse, as characters that show them: a model can write anything.
@@ -40,6 +43,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", metavar="N", type=int, help="most tokens to hold (the model's own limit)"
     )
     running.add_argument("--backend", choices=BACKENDS, default="auto", help="where to compute (auto)")
+    running.add_argument("--threads", metavar="N", type=int, help="threads of the CPU kernels (all cores)")
+    running.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, default="f32", help="of attention's keys and values (f32)"
+    )
 
 
 def add_sampling_arguments(
@@ -110,13 +117,14 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace) -> Model:
-    """The model that MODEL names, where --backend says, with room for --context tokens."""
+    """The model that MODEL names, to run as `add_model_arguments` has it."""
     if args.context is not None and args.context < 1:
         raise BadInput(f"--context {args.context}: expected 1 or more")
     use_backend(args.backend)
+    use_threads(args.threads)
     path = hub.resolve(args.model)
     with waiting(f"loading {path.name}"):
-        return load(path, context_length=args.context)
+        return load(path, context_length=args.context, kv_dtype=KV_DTYPES[args.kv_dtype])
 
 
 def use_backend(name: str) -> None:
@@ -129,6 +137,24 @@ def use_backend(name: str) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise BadInput(f"--backend {name}: JAX cannot use one here ({reason})") from error
+
+
+def use_threads(count: int | None) -> None:
+    """Have the CPU kernels use so many threads from now on; None leaves them all cores."""
+    if count is None:
+        return
+    if count < 1:
+        raise BadInput(f"--threads {count}: expected 1 or more")
+    if reason := cpu.unavailable():
+        raise BadInput(f"--threads {count}: there are no CPU kernels to run on them ({reason})")
+    cpu.set_threads(count)
+
+
+def compute_path() -> str:
+    """Which code does the work: "cpu kernels, avx512, 2 threads"."""
+    if reason := cpu.unavailable():
+        return f"portable code on {jax.default_backend()} ({reason})"
+    return f"cpu kernels, {cpu.isa()}, {_plural(cpu.threads(), 'thread')}"
 
 
 # --- Output -------------------------------------------------------------------------------------------------
@@ -173,14 +199,18 @@ def print_stats(stats: Stats, **seconds: float) -> None:
     parts = [f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items()]
     parts.append(_rate("prompt", stats.prompt_tokens, stats.prefill_tps))
     if stats.reused_tokens:
-        parts.append(f"{stats.reused_tokens} tokens reused")
+        parts.append(f"{_plural(stats.reused_tokens, 'token')} reused")
     parts.append(_rate("answer", stats.tokens, stats.decode_tps))
-    parts.append(f"seed {stats.seed}")
+    parts += [f"seed {stats.seed}", compute_path()]
     Console(stderr=True, highlight=False, soft_wrap=True).print(" · ".join(parts), style="dim")
 
 
 def _rate(name: str, tokens: int, rate: float | None) -> str:
-    return f"{name} {tokens} tokens" + ("" if rate is None else f" at {rate:.1f}/s")
+    return f"{name} {_plural(tokens, 'token')}" + ("" if rate is None else f" at {rate:.1f}/s")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def write_json(destination: str, value: Any) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from gguf.constants import Keys, LlamaFileType
 from rich import box
 from rich.bar import Bar
@@ -39,7 +38,7 @@ from scarlet_jax.tools import common
 from scarlet_jax.tools.common import bytes_text, count_text
 
 CONTEXTS = (4096, 32768)  # to say the memory for, beside the model's own limit
-CACHE_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+CACHE_DTYPES = ("f32", "bf16")  # f16 takes what bf16 does
 _SYMBOLS = "─●◆"  # kinds of blocks, in the order they come
 
 
@@ -112,6 +111,7 @@ class Report:
     roles: list[Share]
     memory: Memory | None
     devices: list[Device]
+    computed_by: str
     problems: list[str]
     notes: list[str]
 
@@ -150,6 +150,7 @@ def inspect(path: Path) -> Report:
         roles=_shares(file, lambda tensor: _role(tensor.name)),
         memory=memory,
         devices=[] if cfg is None or memory is None else [_device(d, memory, cfg) for d in jax.devices()],
+        computed_by=common.compute_path(),
         problems=problems,
         notes=_notes(file, cfg),
     )
@@ -233,7 +234,7 @@ def _memory(file: gguf.Gguf, cfg: Config) -> Memory:
     """By the shapes of the state itself, whatever its mixers keep."""
 
     def state_bytes(slots: int, dtype: str) -> int:
-        state = jax.eval_shape(lambda: init_state(cfg, 1, slots, CACHE_DTYPES[dtype]))
+        state = jax.eval_shape(lambda: init_state(cfg, 1, slots, common.KV_DTYPES[dtype]))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
     return Memory(
@@ -278,7 +279,7 @@ def show(report: Report, console: Console) -> None:
     for problem in report.problems:
         console.print(Text.assemble(("cannot run  ", "bold red"), problem))
     if not report.problems:
-        console.print(Text("runs here", "bold green"))
+        console.print(Text.assemble(("runs here  ", "bold green"), report.computed_by))
     console.print()
 
 

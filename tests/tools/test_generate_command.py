@@ -6,10 +6,12 @@ import io
 import json
 import sys
 
+import jax.numpy as jnp
 import models
 import pytest
 
 from scarlet_jax import chat
+from scarlet_jax.tools import common
 from scarlet_jax.tools.cli import main
 
 SHAPE = models.SHAPES["untied"]
@@ -102,10 +104,39 @@ def test_the_context_may_be_shorter_than_the_models(run, path):
     assert report["stats"]["finish"] == "context"
 
 
+def test_threads_and_cache_dtype_reach_the_engine(run, path, monkeypatch):
+    options = {}
+    threads = []
+    load = common.load
+    monkeypatch.setattr(common, "load", lambda path, **given: options.update(given) or load(path, **given))
+    monkeypatch.setattr(common.cpu, "unavailable", lambda: None)
+    monkeypatch.setattr(common.cpu, "set_threads", threads.append)
+    command = ["generate", path, "--tokens", "5,6,7", "-n", 0]
+    assert run(*command)[0] == run(*command, "--threads", 3, "--kv-dtype", "bf16")[0] == 0
+    assert threads == [3]
+    assert options == {"context_length": None, "kv_dtype": jnp.bfloat16}
+
+
+def test_threads_without_kernels_are_bad_input(run, path, monkeypatch):
+    monkeypatch.setattr(common.cpu, "unavailable", lambda: "not built")
+    code, _, err = run("generate", path, "-p", "x", "--threads", 2)
+    assert (code, err) == (
+        2, "scarlet generate: --threads 2: there are no CPU kernels to run on them (not built)\n"
+    )  # fmt: skip
+    assert common.compute_path() == "portable code on cpu (not built)"
+
+
 def test_stats_go_to_the_standard_error(run, path):
     code, out, err = run("generate", path, "--tokens", "5,6,7", "-n", 4, "--seed", 3, "--stats")
     assert code == 0
-    for part in ("load ", "first token ", "prompt 3 tokens at ", "answer 4 tokens at ", "seed 3"):
+    for part in (
+        "load ",
+        "first token ",
+        "prompt 3 tokens at ",
+        "answer 4 tokens at ",
+        "seed 3",
+        common.compute_path(),
+    ):
         assert part in err
     assert err.count("\n") == 1
     assert "seed" not in out
@@ -133,6 +164,7 @@ def test_the_report_is_a_file_and_the_text_is_printed_too(run, path, tmp_path):
             "prompt: 3 tokens, expected fewer than the context",
         ),
         (["MODEL", "-p", "x", "--context", "0"], "--context 0: expected 1 or more"),
+        (["MODEL", "-p", "x", "--threads", "0"], "--threads 0: expected 1 or more"),
         (["MODEL", "-p", "x", "-n", "-2"], "-n -2: expected a number of tokens, or -1"),
         (["MODEL", "-p", "x", "--temperature", "-1"], "temperature is -1.0, expected 0"),
         (["MODEL", "-p", "x", "--top-p", "2"], "top_p is 2.0, expected 0 to 1"),
@@ -167,11 +199,9 @@ def test_help_has_an_example(run, command):
 
 
 def test_a_terminal_is_shown_control_characters_not_sent_them():
-    from scarlet_jax.tools.common import visible, writer
-
-    assert visible("a\x1b[2J\tb\n\r\x07\x7f\x9b") == "a␛[2J\tb\n␍␇␡\ufffd"
+    assert common.visible("a\x1b[2J\tb\n\r\x07\x7f\x9b") == "a␛[2J\tb\n␍␇␡\ufffd"
     for is_terminal, expected in ((True, "␛"), (False, "\x1b")):
         stream = io.StringIO()
         stream.isatty = lambda is_terminal=is_terminal: is_terminal
-        writer(stream)("\x1b")
+        common.writer(stream)("\x1b")
         assert stream.getvalue() == expected

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from support_vocabulary import metadata, write
 
-from scarlet_jax.tools import synth
+from scarlet_jax.tools import common, synth
 from scarlet_jax.tools.cli import main
 from scarlet_jax.tools.common import bytes_text, count_text
 from scarlet_jax.tools.inspect import Device, Memory, Report, _device, inspect, show
@@ -204,7 +204,7 @@ def test_the_picture_has_the_main_things(report):
         "head_count 4 · head_count_kv 2 · key_length 64",
         "kind imrope",
         "Q4_K_M",
-        "runs here",
+        f"runs here  {common.compute_path()}",
         f"in all, {SHAPE.context_length:,} tokens",
         f"{jax.devices()[0]} has ",
     ):
