@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -103,7 +104,8 @@ def audit(path: Path, record: Path | None = None) -> dict[str, Any]:
         "tensors": len(file.tensors),
         "findings": [dataclasses.asdict(f) | {"text": str(f)} for f in findings],
         "coverage": [
-            {"role": r, "qtype": q, "tensors": n, "verified": (r, q) in verified} for (r, q), n in sorted(pairs.items())
+            {"role": r, "qtype": q, "tensors": n, "verified": (r, q) in verified}
+            for (r, q), n in sorted(pairs.items())
         ],
         "types_not_in_model": sorted(set(DECODERS) - {q for _, q in pairs}),
         "verified_elsewhere": sorted([r, q] for r, q in verified - set(pairs)),
@@ -111,7 +113,7 @@ def audit(path: Path, record: Path | None = None) -> dict[str, Any]:
 
 
 def role(name: str) -> str:
-    """"blk.3.attn_q.weight" -> "attn_q"."""
+    """What a tensor is for: "blk.3.attn_q.weight" is an "attn_q"."""
     return re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
 
 
@@ -161,7 +163,9 @@ def check_products(tensors: Mapping[str, Any]) -> list[Finding]:
         if off.any():
             by = float(np.abs(read_back - right).max())
             at = int(np.flatnonzero(off)[0])
-            findings.append(Finding(f"{name}, in its product", role(name), tensor.qtype, int(off.sum()), off.size, by, at))
+            findings.append(
+                Finding(f"{name}, in its product", role(name), tensor.qtype, int(off.sum()), off.size, by, at)
+            )
     return findings
 
 
@@ -180,7 +184,9 @@ def reference(rows: np.ndarray, qtype: str) -> np.ndarray:
     try:
         from scarlet_jax.tools.engines.ggml import to_float
     except ImportError:
-        raise BadInput(f"{qtype}: gguf-py cannot decode it; expected the xllamacpp package beside it") from None
+        raise BadInput(
+            f"{qtype}: gguf-py cannot decode it; expected the xllamacpp package beside it"
+        ) from None
     return to_float(qtype, rows)
 
 
@@ -208,10 +214,8 @@ def _remember(record: Path | None, pairs: set[tuple[str, str]], source: str) -> 
     if record is None:
         return pairs
     known: dict[str, str] = {}
-    try:
+    with contextlib.suppress(OSError, ValueError):
         known = json.loads(record.read_text())
-    except (OSError, ValueError):
-        pass
     known |= {f"{r} {q}": source for r, q in pairs}
     temporary = record.with_name(f".{record.name}.{os.getpid()}.tmp")
     try:
@@ -228,9 +232,13 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     for finding in report["findings"]:
         console.print(f"[bold red]wrong[/]  {finding['text']}")
     if not report["findings"]:
-        console.print(f"[bold green]right[/]  {report['tensors']} tensors, bit for bit, and every decoder on random blocks")
+        console.print(
+            f"[bold green]right[/]  {report['tensors']} tensors, bit for bit, and every decoder on random blocks"
+        )
     console.print(_table(report))
-    console.print("● in this model and right   ✗ in this model and wrong   · right in another model   blank: never verified")
+    console.print(
+        "● in this model and right   ✗ in this model and wrong   · right in another model   blank: never verified"
+    )
 
 
 def _table(report: Mapping[str, Any]) -> Table:

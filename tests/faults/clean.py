@@ -55,7 +55,14 @@ class Engines:
             module = scarlet if engine == "scarlet" else llama_cpp
             taps, weights, version = module.taps(self.path, tokens, None, decode, **options)
             self._kept[key] = Dump(
-                taps, version, self.about.name, self.about.arch, list(tokens), list(taps), weights, self.about.config
+                taps,
+                version,
+                self.about.name,
+                self.about.arch,
+                list(tokens),
+                list(taps),
+                weights,
+                self.about.config,
             )
         return self._kept[key]
 
@@ -70,14 +77,20 @@ def pairs(engines: Engines, quick: bool) -> Iterator[tuple[str, Dump, Dump]]:
             if length == 21 or (name == "f32 cache" and not quick):
                 yield f"{length} tokens, {name}", mine, engines.dump("llama.cpp", tokens, **options)
     tokens = tuple(range(5, 73))
-    yield "decode against llama.cpp's prefill", engines.dump("scarlet", tokens, 4), engines.dump("llama.cpp", tokens)
+    yield (
+        "decode against llama.cpp's prefill",
+        engines.dump("scarlet", tokens, 4),
+        engines.dump("llama.cpp", tokens),
+    )
     if not quick:
         yield "prefill against decode", engines.dump("scarlet", tokens, 4), engines.dump("scarlet", tokens)
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--quick", action="store_true", help="fewer settings a type")
     args = parser.parse_args()
@@ -87,12 +100,17 @@ def main() -> None:
         for qtype in args.types.split(","):
             path = synth.write(Path(folder) / f"{qtype}.gguf", models.PACKABLE, qtype, seed=7)
             engines, weights = Engines(path), ModelWeights(path)
-            for (name, ours, reference), model in itertools.product(pairs(engines, args.quick), (None, weights)):
+            for (name, ours, reference), model in itertools.product(
+                pairs(engines, args.quick), (None, weights)
+            ):
                 report = compare(ours, reference, model=model)
                 counts[report["verdict"]] += 1
                 if report["exit"]:
                     how = "with the file" if model else "dumps only"
-                    print(f"ALARM {qtype}, {name}, {how}: {report['verdict']} {report['first']} {report['cause']} {report['why']}", flush=True)
+                    print(
+                        f"ALARM {qtype}, {name}, {how}: {report['verdict']} {report['first']} {report['cause']} {report['why']}",
+                        flush=True,
+                    )
             print(f"{qtype}: {dict(counts)} after {time.time() - start:.0f} s", flush=True)
             path.unlink()
     print(f"{sum(counts.values())} clean pairs: {dict(counts)}")

@@ -285,7 +285,7 @@ def _regression(product: _Product) -> Iterator[tuple[str, float, str, str, int]]
     planes = parts.planes.shape[-1]
     if not 0 < planes <= 8 or product.inputs is None:
         return
-    rows, width = product.right.shape
+    rows = len(product.right)
     elements = parts.low.shape[1]
     owners = int(parts.own.max()) + 1
     inputs = product.inputs.reshape(len(product.inputs), -1, elements)  # (T, blocks of a row, E)

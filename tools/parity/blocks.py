@@ -51,7 +51,7 @@ class Parts:
     def decode(self, **change: np.ndarray | float | None) -> np.ndarray:
         """The weights (n, E), with any part replaced: `low`, `high`, `scale`, `minimum`, `zero`."""
         parts = {"low": self.low, "scale": self.scale, "minimum": self.minimum, "zero": self.zero} | change
-        integer = parts["low"] + self.step * (change["high"] if "high" in change else self.high)
+        integer = parts["low"] + self.step * change.get("high", self.high)
         value = self.table[integer] if self.table is not None else integer.astype(np.float32)
         weights = parts["scale"] * (value - np.float32(parts["zero"]))
         return weights if parts["minimum"] is None else weights - parts["minimum"]

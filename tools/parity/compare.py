@@ -13,10 +13,10 @@ import numpy as np
 from scarlet_jax.errors import BadInput
 from scarlet_jax.tools.parity import (
     align,
-    arithmetics,
     causes,
     facts,
     graph,
+    imitation,
     local,
     metrics,
     names,
@@ -165,7 +165,9 @@ class Comparison:
             "z",
         )
         dumps = (self.ours, self.reference)
-        return "ssm" if any(f"{op}-{layer}" in dump for op in recurrent for dump in dumps) else "attention"
+        mixer = "ssm" if any(f"{op}-{layer}" in dump for op in recurrent for dump in dumps) else "attention"
+        experts = any(f"{op}-{layer}" in dump for op in ("ffn_moe_logits", "ffn_moe_out") for dump in dumps)
+        return f"{mixer} moe" if experts else mixer
 
     def _measure(self) -> None:
         for name, match in self.alignment.matches.items():
@@ -213,7 +215,9 @@ class Comparison:
             return
         start = verdict.onset(self.taps, tokens, count)
         rows = slice(start, start + count)
-        self.notes.append(f"large dumps: operations re-run on tokens {start} to {start + count - 1} of {tokens}")
+        self.notes.append(
+            f"large dumps: operations re-run on tokens {start} to {start + count - 1} of {tokens}"
+        )
         known = dataclasses.replace(
             self.pair.reference.facts,
             kept=(start, start + count),
@@ -222,15 +226,19 @@ class Comparison:
         )
         for side in ("ours", "reference"):
             run = getattr(self.pair, side)
-            setattr(self.pair, side, dataclasses.replace(run, taps=Window(run.taps, tokens, rows), facts=known))
+            setattr(
+                self.pair, side, dataclasses.replace(run, taps=Window(run.taps, tokens, rows), facts=known)
+            )
         self.narrowed = True
 
     def _judge(self) -> None:
         self._narrow()
         if any(self.pair.sampled):
-            self.pair.may_round = tuple("llama" in dump.engine.lower() for dump in (self.ours, self.reference))
+            self.pair.may_round = tuple(
+                "llama" in dump.engine.lower() for dump in (self.ours, self.reference)
+            )
         else:
-            arithmetics.infer(self.pair, self.taps, (self.ours, self.reference))
+            imitation.infer(self.pair, self.taps, (self.ours, self.reference))
         clean = True
         for tap in self.taps:
             clean = clean and tap.metrics.relative_l2 == 0
@@ -297,7 +305,7 @@ def _values(dump: Dump) -> Iterable[Any]:
 
 
 def split(name: str) -> tuple[str, int | None]:
-    """ "l_out-3" -> ("l_out", 3); "result_norm" -> ("result_norm", None)."""
+    """Operation and layer: "l_out-3" gives ("l_out", 3), "result_norm" gives ("result_norm", None)."""
     op, _, layer = name.rpartition("-")
     return (op, int(layer)) if op and layer.isdigit() else (name, None)
 
@@ -360,7 +368,8 @@ def _guess_class(op: str, kind: str) -> str:
     ):
         if word in op:
             return klass
-    return kind if kind in ("ssm", "attention") else "head"
+    mixer = kind.split()[0]
+    return mixer if mixer in ("ssm", "attention") else "head"
 
 
 def _few(dump: Sequence[str] | Dump) -> str:

@@ -12,6 +12,7 @@ engine are written as combinations of the reference's, and the outputs must be t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -143,7 +144,16 @@ def _one_sided(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str
         if own is not None:
             left = whole - own.value
             return _local(
-                "formula", left, left, 0 * left, own.noise, own.noise_f32, whole, own.inputs, facts, ours_residual=left
+                "formula",
+                left,
+                left,
+                0 * left,
+                own.noise,
+                own.noise_f32,
+                whole,
+                own.inputs,
+                facts,
+                ours_residual=left,
             )
     inputs = _inputs(alone, op, layer, kind, facts) if op is not None and not all(pair.sampled) else ()
     return _propagated(pair, tap, ours, reference, inputs, facts)
@@ -375,10 +385,8 @@ LOOSE = 2.0
 def _inputs(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> tuple[str, ...]:
     """The taps that the operation reached for before something was missing."""
     view = _view(pair, 1, layer, kind, facts)
-    try:
+    with contextlib.suppress(Missing, ValueError):
         op.run(view)
-    except (Missing, ValueError):
-        pass
     return tuple(dict.fromkeys(view.used))
 
 

@@ -64,7 +64,9 @@ class Sampled:
     def transpose(self, axes: tuple[int, ...]) -> Sampled:
         """Axes reordered."""
         return Sampled(
-            tuple(self.shape[a] for a in axes), tuple(self.index[a] for a in axes), self.values.transpose(axes)
+            tuple(self.shape[a] for a in axes),
+            tuple(self.index[a] for a in axes),
+            self.values.transpose(axes),
         )
 
 
@@ -83,7 +85,9 @@ class _Block:
         values = np.array(self.numbers, np.float32).reshape([len(i) for i in index])
         whole = Sampled(self.ne[::-1], index, values)
         keep = [axis for axis, n in enumerate(whole.shape) if n > 1] or [len(whole.shape) - 1]
-        keep = list(range(keep[0], len(whole.shape)))  # leading axes of one entry go; later ones are the tensor's
+        keep = list(
+            range(keep[0], len(whole.shape))
+        )  # leading axes of one entry go; later ones are the tensor's
         return Sampled(
             tuple(whole.shape[a] for a in keep),
             tuple(whole.index[a] for a in keep),
@@ -123,7 +127,9 @@ def read_log(text: str, name: str) -> Dump:
         if weight:
             weights[plain] = (weight.group(1), "")
     if not taps:
-        raise BadInput(f"{name}: no whole tensor in this log; expected llama-eval-callback or llama-debug output")
+        raise BadInput(
+            f"{name}: no whole tensor in this log; expected llama-eval-callback or llama-debug output"
+        )
     if cut:
         notes.append(f"{name}: {cut} tensor{'s' * (cut > 1)} cut short; what came before is used")
     if passes > 1:

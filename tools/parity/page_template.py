@@ -14,12 +14,14 @@ body { margin: 2rem auto; max-width: 84rem; padding: 0 1.2rem; background: var(-
        font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.1rem; margin: 0 } h2 { font-size: 1rem; margin: 2rem 0 .5rem }
 .verdict { font-weight: 700; font-size: 1.7rem }
-.single-op, .systematic { color: var(--red) } .clean, .noise { color: #2f7d4f } .invalid, .inconclusive { color: #b07a00 }
+.single-op, .systematic { color: var(--red) } .clean, .noise { color: #2f7d4f }
+.invalid, .inconclusive { color: #b07a00 }
 .quiet { color: var(--quiet) } .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .12rem .5rem; text-align: right; white-space: nowrap } th { font-weight: 600 }
 td:first-child, th:first-child { text-align: left }
-#taps tr { cursor: pointer } #taps tbody tr:hover, tr.chosen { background: color-mix(in srgb, var(--line) 50%, transparent) }
+#taps tr { cursor: pointer }
+#taps tbody tr:hover, tr.chosen { background: color-mix(in srgb, var(--line) 50%, transparent) }
 #map td { width: 1.05rem; height: 1.05rem; padding: 0; border: 1px solid var(--paper); cursor: pointer }
 #map th { font-weight: 400; padding: 0 .4rem; font-size: .8rem } #map td.first { outline: 3px solid var(--red) }
 #map td.none { cursor: default } tr.broken td:first-child { color: var(--red); font-weight: 600 }
@@ -149,9 +151,11 @@ function choose(name) {
     `|a-b|/|b| ${number(tap.relative_l2)}`, `|a|/|b| ${number(tap.norm_ratio)}`, `cosine ${number(tap.cosine)}`,
     `largest |a-b| ${number(tap.max_abs)} at [${tap.max_at}]`];
   element("p", what.join("; "), detail, { className: "quiet" });
-  plot("by token", [{ name: "whole", values: curve.tokens }, { name: "local", values: curve.local }], "token", detail);
+  plot("by token", [{ name: "whole", values: curve.tokens }, { name: "local", values: curve.local }],
+    "token", detail);
   plot("by head or channel group", [{ name: "whole", values: curve.heads }], "head", detail);
-  for (const row of document.querySelectorAll("#taps tbody tr")) row.classList.toggle("chosen", row.dataset.tap === name);
+  const rows = document.querySelectorAll("#taps tbody tr");
+  for (const row of rows) row.classList.toggle("chosen", row.dataset.tap === name);
 }
 const body = document.querySelector("#taps tbody");
 for (const tap of report.taps) {

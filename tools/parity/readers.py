@@ -169,9 +169,15 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, np.ndarray]:
     if isinstance(value, Mapping):
         if set(value) >= {"value", "meta"}:
             return _flatten(value["value"], prefix)
-        return {k: v for key, part in value.items() for k, v in _flatten(part, _join(prefix, str(key))).items()}
+        return {
+            k: v for key, part in value.items() for k, v in _flatten(part, _join(prefix, str(key))).items()
+        }
     if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float):
-        return {k: v for i, part in enumerate(value) for k, v in _flatten(part, _join(prefix, str(i) if i else "")).items()}
+        return {
+            k: v
+            for i, part in enumerate(value)
+            for k, v in _flatten(part, _join(prefix, str(i) if i else "")).items()
+        }
     if hasattr(value, "detach"):
         tensor = value.detach()
         return {prefix or "tensor": (tensor.float() if tensor.is_floating_point() else tensor).numpy()}
@@ -192,12 +198,18 @@ def _folder(path: Path) -> Dump:
         if file.suffix == ".npy":
             taps[_file_name(file)] = _Lazy(file)
         elif file.suffix in (".pt", ".pth"):
-            taps |= {(_file_name(file) if len(part) == 1 else _join(_file_name(file), k)): v for part in [_flatten(_load_torch(file))] for k, v in part.items()}
+            taps |= {
+                (_file_name(file) if len(part) == 1 else _join(_file_name(file), k)): v
+                for part in [_flatten(_load_torch(file))]
+                for k, v in part.items()
+            }
         elif file.suffix == ".safetensors":
             tensors = MappedTensors(file)
             taps |= {(k if len(tensors) > 1 else _file_name(file)): tensors[k] for k in tensors}
     if not taps:
-        raise BadInput(f"{path}: no array in this folder; expected .npy, .pt or .safetensors files named by tap")
+        raise BadInput(
+            f"{path}: no array in this folder; expected .npy, .pt or .safetensors files named by tap"
+        )
     return _plain(taps, path, "folder")
 
 
@@ -268,7 +280,9 @@ def _gguf(path: Path) -> Dump:
 
     file = gguf.read(path)
     if "logits" not in file.tensors:
-        raise BadInput(f"{path}: a GGUF without `logits`; expected llama-results output (a model goes to --model)")
+        raise BadInput(
+            f"{path}: a GGUF without `logits`; expected llama-results output (a model goes to --model)"
+        )
     logits = file.tensors["logits"]
     tokens = file.tensors.get("tokens")
     ids = [int(t) for t in tokens.data.reshape(-1).view(np.int32)] if tokens is not None else []

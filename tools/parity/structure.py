@@ -14,6 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from scarlet_jax.tools.parity import formulas, graph
 from scarlet_jax.tools.parity.arithmetic import bf16, f16, q8_0
+from scarlet_jax.tools.parity.ops_attention import fitted_angles
 
 Make = Callable[..., Any]
 
@@ -301,7 +302,7 @@ def _rotation(case: Any, pair: Any) -> Found:
         x = graph.heads(case.view(f"{case.op.name}_normed"), case.ours.shape[-1])
     except graph.Missing:
         return
-    tokens, heads, dim = x.shape
+    tokens, heads, _ = x.shape
     half = slice(0, None, 2) if heads > 1 else slice(None)
     held = slice(1, None, 2) if heads > 1 else slice(None)
     facts = case.view.facts
@@ -314,7 +315,7 @@ def _rotation(case: Any, pair: Any) -> Found:
     }:
         if not pairs or tokens < 3:
             continue
-        angle = graph.fitted_angles(x[:, half], case.ours[:, half], pairs, adjacent)
+        angle = fitted_angles(x[:, half], case.ours[:, half], pairs, adjacent)
         turned = formulas.rotate(x, angle, adjacent=adjacent)
         left, whole = (case.ours - turned)[:, held], case.residual[:, held]
         explained = 1 - float((left**2).sum()) / max(float((whole**2).sum()), 1e-300)

@@ -160,4 +160,3 @@ def _sample(x: np.ndarray) -> np.ndarray:
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
     a, b = _sample(a).astype(np.float64), _sample(b).astype(np.float64)
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
-

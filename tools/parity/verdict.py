@@ -147,7 +147,10 @@ def factors(taps: Sequence[Tap]) -> list[Factor]:
 
     group("op", lambda t: [t.op])
     group("qtype", lambda t: [t.qtype] if t.qtype else [])
-    group("op", lambda t: [n for n, ops in FAMILIES.items() if t.op in ops or f"{t.op}:{t.kind}" in ops])
+    group(
+        "op",
+        lambda t: [n for n, ops in FAMILIES.items() if t.op in ops or f"{t.op}:{t.kind.split()[0]}" in ops],
+    )
     group(
         "op", lambda t: ["matmul"] if t.weight and t.local.method in ("formula", "span") and t.qtype else []
     )
@@ -175,7 +178,7 @@ def places(taps: Sequence[Tap]) -> int:
     """Broken operations counted as a person would: views and halves of one operation in one layer are one."""
 
     def family(tap: Tap) -> str:
-        names = (tap.op, f"{tap.op}:{tap.kind}")
+        names = (tap.op, f"{tap.op}:{tap.kind.split()[0]}")
         close = (
             "delta-rule",
             "l2-norm",
@@ -270,7 +273,9 @@ def unclear(taps: Sequence[Tap], resolution: float) -> str:
     different = [t for t in weighty if t.metrics.relative_l2 > 0.05]
     if len(taps) < 3 and different:
         return f"{different[0].name} differs, but {len(taps)} tap{'s' * (len(taps) > 1)} cannot show where that begins"
-    jumps = [t for t in taps if t.local and t.local.method == "propagated" and t.local.ratio > 5 and not t.note]
+    jumps = [
+        t for t in taps if t.local and t.local.method == "propagated" and t.local.ratio > 5 and not t.note
+    ]
     if jumps:
         return (
             f"{jumps[0].name} differs by {jumps[0].metrics.relative_l2:.2g}, more than its inputs do, "

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, partner, tf32, bf16
+from scarlet_jax.tools.parity import operations  # noqa: F401 - fills the table that `find` looks into
+from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, bf16, partner, tf32
 from scarlet_jax.tools.parity.facts import Facts
 from scarlet_jax.tools.parity.graph import Missing, find
 
@@ -171,7 +172,8 @@ class LayerView:
         given = self.run.given
         if given is not None and hasattr(given, "rows") and (None, stem) in given:
             return given.rows((None, stem), ids).astype(self.dtype, copy=False)
-        return self.weight(stem)[ids]
+        table = self.weight(stem)
+        return table[np.asarray(ids) % len(table)]
 
     def linear(self, stem: str, x: np.ndarray) -> np.ndarray:
         """x W^T, in the arithmetic to imitate."""
@@ -180,6 +182,17 @@ class LayerView:
         if weight.shape[-1] != x.shape[-1]:
             raise Missing(f"{stem} with {x.shape[-1]} inputs")
         return x @ weight.T
+
+    def expert(self, stem: str, expert: int, x: np.ndarray) -> np.ndarray:
+        """x (n, in) by one expert's matrix of the weight `stem` (E, out, in)."""
+        given = self.run.given
+        if given is None or (self.layer, stem) not in given:
+            raise Missing(stem)
+        ids = np.array([expert])
+        whole = (
+            given.rows((self.layer, stem), ids) if hasattr(given, "rows") else given[self.layer, stem][ids]
+        )
+        return self._activation(stem, x) @ whole[0].astype(self.dtype, copy=False).T
 
     def _activation(self, stem: str, x: np.ndarray) -> np.ndarray:
         how = self.arithmetic.matmul

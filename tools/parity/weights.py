@@ -80,7 +80,7 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
         """Rows `ids` of a table."""
         name = self.tensor_name(key)
         tensor = self._file.tensors[name]
-        return decode(tensor.data[np.asarray(ids)], tensor.qtype) * self._scale(name)
+        return decode(tensor.data[np.asarray(ids) % len(tensor.data)], tensor.qtype) * self._scale(name)
 
     def _scale(self, name: str) -> np.ndarray | np.float32:
         """The separate `X.scale` of a weight `X.weight`, one value (or one an expert)."""
@@ -102,7 +102,7 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
 
 
 def parse(name: str) -> tuple[int | None, str]:
-    """ "blk.3.attn_q.weight" -> (3, "attn_q"); "output.weight" -> (None, "output")."""
+    """Layer and stem: "blk.3.attn_q.weight" gives (3, "attn_q"), "output.weight" (None, "output")."""
     stem = name.removesuffix(".weight")
     if stem.startswith("blk."):
         layer, _, rest = stem[4:].partition(".")

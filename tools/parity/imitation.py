@@ -24,7 +24,7 @@ _LIKE = (0.3, 3.0)  # a residual of this many times a rounding's own effect is o
 def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump]) -> None:
     """Set `pair.arithmetic` and `pair.may_round` for both sides."""
     products = [t for t in taps if _op(t) is not None and _op(t).linear]
-    attended = [t for t in taps if t.op in ("kq", "kqv", "attn_pregate") and t.kind == "attention"]
+    attended = [t for t in taps if t.op in ("kq", "kqv", "attn_pregate") and t.kind.startswith("attention")]
     found = []
     for side in (0, 1):
         matmul, loose = _best(
