@@ -15,8 +15,8 @@ LARGEST = 2**30  # bytes of programs that are kept; the longest unused go first
 def keep() -> None:
     """Keep what is compiled from now on, if the folder can be written.
 
-    Nothing is changed where JAX's own settings (JAX_COMPILATION_CACHE_DIR and others) have settled it. Every program counts: a model is tens of small ones, each a few milliseconds from the cache and tens of
-    milliseconds from the compiler.
+    Nothing is changed where JAX's own settings (JAX_COMPILATION_CACHE_DIR and others) have settled it. No
+    program is too small: a model has tens, each a few milliseconds from the cache and tens from the compiler.
     """
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return

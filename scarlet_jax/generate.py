@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import secrets
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from scarlet_jax.errors import BadInput
-from scarlet_jax.sampling import INVALID, Sampling, sample
+from scarlet_jax.sampling import INVALID, Sampling, most_likely, sample
 from scarlet_jax.tokenizer import Detokenizer, Tokenizer, held_back
 from scarlet_jax.types import Array
 
@@ -185,7 +184,8 @@ class _Run:
         return logits
 
     def _sample(self, logits: Array, step: int) -> int:
-        token = int(_next_token(logits, self.key, step, self.params))
+        greedy = self.params.temperature <= 0
+        token = int(_best_token(logits) if greedy else _next_token(logits, self.key, step, self.params))
         if token == INVALID:
             raise BadInput(
                 f"the logits after token {len(self.seen)} are not finite numbers: "
@@ -194,7 +194,13 @@ class _Run:
         return token
 
 
-@functools.partial(jax.jit)
+@jax.jit
+def _best_token(logits: Array) -> Array:
+    """Logits f32 (V,) -> int32 (): the most likely."""
+    return most_likely(logits[None])[0]
+
+
+@jax.jit
 def _next_token(logits: Array, key: Array, step: int | Array, params: Sampling) -> Array:
     """Logits f32 (V,) -> int32 (): the draw number `step` of a generation."""
     return sample(logits[None], jax.random.fold_in(key, step), params)[0]

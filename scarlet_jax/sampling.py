@@ -63,12 +63,23 @@ def sample(logits: Array, key: Array, params: Sampling, *, candidates: int = CAN
     ids = jax.lax.switch(
         jnp.select([params.temperature <= 0, unfiltered], [0, 1], 2),
         (
-            lambda: jax.lax.top_k(logits, 1)[1][:, 0],  # thrice as fast as argmax on a CPU
+            lambda: _largest(logits),
             lambda: jax.random.categorical(key, logits / params.temperature).astype(jnp.int32),
             lambda: _filtered(logits, total, key, params, candidates),
         ),
     )
     return jnp.where(jnp.isfinite(total[:, 0]), ids, INVALID)
+
+
+@jax.jit
+def most_likely(logits: Array) -> Array:
+    """What `sample` gives at temperature 0, in a program that compiles in a fraction of its time."""
+    defined = jnp.isfinite(jax.nn.logsumexp(logits, axis=-1))
+    return jnp.where(defined, _largest(logits), INVALID)
+
+
+def _largest(logits: Array) -> Array:
+    return jax.lax.top_k(logits, 1)[1][:, 0]  # thrice as fast as argmax on a CPU
 
 
 def _filtered(logits: Array, total: Array, key: Array, params: Sampling, candidates: int) -> Array:

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from scarlet_jax.errors import BadInput
-from scarlet_jax.sampling import INVALID, Sampling, sample
+from scarlet_jax.sampling import INVALID, Sampling, most_likely, sample
 from scarlet_jax.tools.engines import ggml
 
 V = 37
@@ -207,6 +207,15 @@ def test_rows_are_drawn_independently():
     odds = probabilities(LOGITS, params)
     joint = np.outer(odds, odds).ravel()
     assert_follows(drawn[:, 0] * V + drawn[:, 1], joint)
+
+
+def test_the_most_likely_is_a_sample_at_temperature_0():
+    logits = np.random.default_rng(0).standard_normal((9, V)).astype(np.float32)
+    logits[1] = 3  # the first of equals
+    logits[2, 5], logits[3, 5], logits[4, 5], logits[5] = np.nan, np.inf, -np.inf, -np.inf
+    expected = np.asarray(sample(logits, jax.random.key(0), Sampling()))
+    np.testing.assert_array_equal(most_likely(logits), expected)
+    np.testing.assert_array_equal(expected[[2, 3, 5]], INVALID)
 
 
 def test_other_values_do_not_compile_again():

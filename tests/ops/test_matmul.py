@@ -13,8 +13,9 @@ import pytest
 from support_blocks import QTYPES, assert_same_bits, by_gguf_py, random_blocks, with_scale
 
 from scarlet_jax.errors import BadInput
-from scarlet_jax.ops import matmul, portable
-from scarlet_jax.ops.matmul import IMPLEMENTATIONS, embed, linear, qmatmul
+from scarlet_jax.ops import implementations, portable
+from scarlet_jax.ops.implementations import IMPLEMENTATIONS
+from scarlet_jax.ops.matmul import embed, linear
 from scarlet_jax.ops.qtensor import QTensor, block_size
 
 FLOATS = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
@@ -164,7 +165,7 @@ def test_products_do_not_depend_on_the_tpu_or_gpu_default_precision():
         jnp.ones((7, 64), jnp.bfloat16),
         QTensor(make_rows("Q8_0", out=7, blocks=2), "Q8_0"),
     ):
-        text = jax.jit(linear).lower(jnp.ones((5, 64)), w).as_text()
+        text = run.lower(jnp.ones((5, 64)), w, implementation="portable").as_text()
         dots = [line for line in text.splitlines() if "dot_general" in line]
         assert dots
         assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots)
@@ -190,8 +191,8 @@ def small():
     return activations(5, 96), QTensor(rows, "Q8_0")
 
 
-def use(monkeypatch, **implementations):
-    monkeypatch.setattr(matmul, "IMPLEMENTATIONS", {**implementations, "portable": portable})
+def use(monkeypatch, **fakes):
+    monkeypatch.setattr(implementations, "IMPLEMENTATIONS", {**fakes, "portable": portable})
 
 
 def test_auto_takes_the_first_that_can(small, monkeypatch):
@@ -223,4 +224,4 @@ def test_wrong_shapes_are_refused(small):
     with pytest.raises(AssertionError):
         linear(x.astype(jnp.bfloat16), w)
     with pytest.raises(AssertionError):
-        qmatmul(x, QTensor(w.blocks[None], w.qtype))
+        linear(x, QTensor(w.blocks[None], w.qtype))
