@@ -33,6 +33,7 @@ class Hypothesis:
     evidence: str
     kind: str
     simplicity: int = 0  # lower is simpler: breaks ties
+    op: graph.Op | None = None  # the operation at fault, where it is one that was not dumped
 
     def as_cause(self) -> dict[str, Any]:
         """The report's `cause`, and `kind` for the verdict."""
@@ -41,6 +42,7 @@ class Hypothesis:
             "evidence": self.evidence,
             "confidence": round(float(max(0.0, min(1.0, self.explained))), 4),
             "kind": "place" if self.name in _PLACES else self.kind,
+            "class": self.op.klass if self.op else None,
         }
 
 
@@ -94,7 +96,7 @@ def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
     case = _case(pair, tap)
     if tap.metrics.not_finite[0]:
         return _not_finite(case)
-    found = [*_variants(case), *structure.hypotheses(case, pair, Hypothesis)]
+    found = [*_variants(case), *_inner_variants(case), *structure.hypotheses(case, pair, Hypothesis)]
     found += [*swaps.other_taps(case, pair, Hypothesis), *swaps.other_inputs(case, Hypothesis)]
     if weights is not None and case.op is not None and case.op.weight:
         found += swaps.other_weights(case, weights, Hypothesis)
@@ -183,6 +185,32 @@ def _variants(case: Case) -> list[Hypothesis]:
         found.append(
             Hypothesis(short, explained, f"re-run as '{label}': {explained:.2%} explained", "variant")
         )
+    return found
+
+
+def _inner_variants(case: Case) -> list[Hypothesis]:
+    """Misreadings of the operations between the last dumped taps and this one."""
+    if case.op is None or case.view is None:
+        return []
+    probe = case.view.fresh()
+    try:
+        case.op.run(probe)
+    except (graph.Missing, ValueError):
+        return []
+    found = []
+    for op in probe.computed:
+        for label, run in op.variants.items():
+            view = case.view.fresh()
+            view.instead[op.name] = run
+            try:
+                with np.errstate(all="ignore"):
+                    candidate = np.asarray(case.op.run(view), np.float64)
+            except (graph.Missing, ValueError, IndexError, KeyError, AttributeError, np.linalg.LinAlgError):
+                continue
+            if candidate.size == case.ours.size:
+                explained = share(case, candidate.reshape(case.ours.shape))
+                text = f"re-run with {op.name} as '{label}': {explained:.2%} explained"
+                found.append(Hypothesis(label.split(",")[0].split("=")[0], explained, text, "variant", 1, op))
     return found
 
 

@@ -166,6 +166,8 @@ class Comparison:
         )
         dumps = (self.ours, self.reference)
         mixer = "ssm" if any(f"{op}-{layer}" in dump for op in recurrent for dump in dumps) else "attention"
+        if self.weights is not None and (layer, "ssm_out") in self.weights:
+            mixer = "ssm"
         experts = any(f"{op}-{layer}" in dump for op in ("ffn_moe_logits", "ffn_moe_out") for dump in dumps)
         return f"{mixer} moe" if experts else mixer
 
@@ -269,7 +271,11 @@ class Comparison:
         return {
             "verdict": label,
             "exit": verdict.EXIT[label],
-            "class": first.klass if first else "input" if why.startswith("other tokens") else None,
+            "class": (cause or {}).get("class") or first.klass
+            if first
+            else "input"
+            if why.startswith("other tokens")
+            else None,
             "first": _first(first),
             "factor": {"kind": factor.kind, "value": factor.value} if factor else None,
             "cause": {k: cause[k] for k in ("name", "evidence", "confidence")} if cause else None,

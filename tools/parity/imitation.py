@@ -7,12 +7,12 @@ of the operations it would touch: that cannot happen by chance, and no fault loo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from scarlet_jax.tools.parity import graph, local
-from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING
+from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, Rounding, bf16, f16
 from scarlet_jax.tools.parity.dump import Dump
 from scarlet_jax.tools.parity.view import Arithmetic
 
@@ -25,6 +25,9 @@ def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump]) -> None:
     """Set `pair.arithmetic` and `pair.may_round` for both sides."""
     products = [t for t in taps if _op(t) is not None and _op(t).linear]
     attended = [t for t in taps if t.op in ("kq", "kqv", "attn_pregate") and t.kind.startswith("attention")]
+    shown = [t.name for t in taps if t.metrics.norm > 0 and t.op not in ("ffn_moe_topk", "ffn_moe_argsort")]
+    few = shown[:: max(1, len(shown) // 24)]
+    pair.grain = (grain(pair.ours.taps, few), grain(pair.reference.taps, few))
     found = []
     for side in (0, 1):
         matmul, loose = _best(
@@ -42,6 +45,19 @@ def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump]) -> None:
 
 def _op(tap) -> graph.Op | None:
     return graph.find(tap.op, tap.kind)
+
+
+def grain(taps: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
+    """The relative rounding that every value shows: of bf16 or f16 where all of them are such numbers, else f32's."""
+    for rounding, unit in ((bf16, 2.0**-9), (f16, 2.0**-12)):
+        if names and all(_is_rounded(taps[name], rounding) for name in names):
+            return unit
+    return local.EPS32
+
+
+def _is_rounded(x: np.ndarray, rounding: Rounding) -> bool:
+    sample = np.asarray(x.reshape(-1)[:: max(1, x.size // 4096)], np.float32)
+    return bool((rounding(sample) == sample).all())
 
 
 @dataclasses.dataclass(frozen=True)

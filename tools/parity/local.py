@@ -37,7 +37,7 @@ class Local:
 
     Residuals and floors are relative to the reference's norm. `method` is "formula" (re-run on the engine's own
     inputs), "span" (a product with an unknown matrix), "direct" (no inputs: equal or not) or "propagated"
-    (nothing but the inputs' divergence to compare with).
+    (nothing but the inputs' divergence to compare with), "alone" (not even that).
     """
 
     method: str
@@ -63,6 +63,7 @@ class Pair:
     arithmetic: tuple[Arithmetic, Arithmetic]
     resolution: tuple[float, float] = (0.0, 0.0)
     may_round: tuple[bool, bool] = (False, False)
+    grain: tuple[float, float] = (EPS32, EPS32)
     whole: tuple[Run, Run] | None = None
     sampled: tuple[bool, bool] = (False, False)
     chosen: dict[tuple[str, str], Facts] = dataclasses.field(default_factory=dict)
@@ -89,12 +90,12 @@ def judge(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> 
         predicted = _predict(pair, 1, op, layer, kind, facts, reference.shape)
         own = _predict(pair, 0, op, layer, kind, facts, reference.shape)
         return _formula(pair, own, predicted, ours, reference, facts)
-    except Missing:
+    except (Missing, ValueError):  # something is not there, or not in the shape that the formula takes
         pass
     inputs = _inputs(pair, op, layer, kind, facts)
     if op.source:
         return _direct(pair, ours, reference, facts)
-    if op.linear and len(inputs) == 1:
+    if op.linear and len(inputs) == 1 and _shared(pair, inputs[0], len(reference)):
         return _span(pair, op, layer, inputs[0], ours, reference, facts)
     return _propagated(pair, tap, ours, reference, inputs, facts)
 
@@ -160,7 +161,7 @@ def _one_sided(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str
 
 
 def _direct(pair: Pair, ours: np.ndarray, reference: np.ndarray, facts: Facts) -> Local:
-    noise = np.abs(reference) * EPS32 + 1.5 * max(pair.resolution)
+    noise = np.abs(reference) * max(pair.grain) + 1.5 * max(pair.resolution)
     return _local("direct", ours - reference, ours - reference, 0 * ours, noise, noise, reference, (), facts)
 
 
@@ -195,7 +196,7 @@ def _span(
         * np.hypot(_rows(y_ref), np.abs(mixing).sum(axis=1) * _norm(y_ref) / len(y) ** 0.5)
         / size
     )
-    f32 = f32 + max(pair.resolution)
+    f32 = f32 + max(pair.resolution) + 2 * max(pair.grain) * (max(pair.grain) > EPS32) * _rows(y_ref) / size
     shape = (-1, *([1] * (reference.ndim - 1)))
     noise = np.broadcast_to(np.hypot(per_token, f32).reshape(shape), reference.shape)
     local = _local(
@@ -217,20 +218,30 @@ def _propagated(
     pair: Pair, tap: str, ours: np.ndarray, reference: np.ndarray, inputs: tuple[str, ...], facts: Facts
 ) -> Local:
     """Nothing to re-run: only a jump far beyond the inputs' own divergence counts."""
-    inherited = 0.0
+    inherited, beside = 0.0, False
     for name in inputs or _neighbours(pair, tap):
         if not all(name in run.taps for run in (pair.ours, pair.reference)):
             continue
         a, b = (np.asarray(run.taps[name], np.float64) for run in (pair.ours, pair.reference))
         if a.shape != b.shape:
             continue
+        beside = True
         inherited = max(inherited, _norm(a - b) / max(_norm(b), 1e-300))
     rounded = 0.02 if any(pair.may_round) else 0.0  # what 8-bit activations can do to one product
-    relative = np.hypot(5 * inherited, rounded) + 30 * EPS32
+    relative = np.hypot(5 * inherited, rounded) + 30 * EPS32 + 3 * max(pair.grain)
     noise = np.full(reference.shape, relative * _norm(reference) / max(1, reference.size) ** 0.5)
     noise = noise + max(pair.resolution)
     difference = ours - reference
-    return _local("propagated", difference, difference, 0 * reference, noise, noise, reference, inputs, facts)
+    method = "propagated" if beside else "alone"
+    return _local(method, difference, difference, 0 * reference, noise, noise, reference, inputs, facts)
+
+
+def _shared(pair: Pair, name: str, rows: int) -> bool:
+    """Whether both sides have a tap, for the rows that are compared."""
+    if not all(name in run.taps for run in (pair.ours, pair.reference)):
+        return False
+    a, b = pair.ours.taps[name].shape, pair.reference.taps[name].shape
+    return a == b and len(a) > 1 and a[0] == rows
 
 
 def _neighbours(pair: Pair, tap: str) -> tuple[str, ...]:
@@ -337,6 +348,8 @@ def _run(
         _learn(pair, op, layer, kind, facts)
         view = _view(pair, side, layer, kind, facts, **options)
         value = op.run(view)
+    if value.ndim and shape and len(value) > shape[0] > 0 and value[0].size == int(np.prod(shape[1:])):
+        value = value[-shape[0] :]  # an engine that kept its last rows only
     if value.size != int(np.prod(shape)):
         raise Missing(f"{op.name}: the formula gives {value.shape}, the dump {shape}")
     if used is not None:
@@ -348,7 +361,11 @@ def _learn(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> No
     """Read a weight nobody gave off the reference, for both sides to use."""
     view = _view(pair, 1, layer, kind, facts)
     target = np.asarray(pair.reference.taps[view.tap_name(op.name)], np.float64)
-    for stem, value in op.fit(view, target).items():
+    try:
+        learned = op.fit(view, target)
+    except ValueError:  # other rows than the inputs have
+        raise Missing(op.weight) from None
+    for stem, value in learned.items():
         key = (None if stem in ("output_norm",) else layer, stem)
         pair.reference.learned[key] = value
         pair.ours.learned[key] = value
@@ -363,7 +380,10 @@ def _predict(
     single = _run(pair, side, op, layer, kind, facts, shape, dtype=np.float32)
     shaken = value if op.linear else _run(pair, side, op, layer, kind, facts, shape, jitter=EPS32, seed=1)
     noise = SPREAD * np.hypot(single - value, shaken - value) + 0.5 * EPS32 * np.abs(value)
-    f32 = noise
+    f32, grain = noise, pair.grain[side]
+    if grain > EPS32:  # taps kept in 16 bits: what went in and what came out were rounded, and steps between
+        coarse = _run(pair, side, op, layer, kind, facts, shape, jitter=grain, seed=3)
+        noise = np.hypot(noise, np.hypot(SPREAD * (coarse - value), grain * np.abs(value)))
     if pair.resolution[side]:
         rough = _run(pair, side, op, layer, kind, facts, shape, absolute=pair.resolution[side], seed=2)
         noise = np.hypot(noise, 2 * (rough - value))

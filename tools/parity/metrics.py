@@ -52,6 +52,8 @@ class Metrics:
 def measure(ours: np.ndarray, ref: np.ndarray) -> Metrics:
     """Metrics of two arrays of one shape; elements that are not finite in either are left out of the sums."""
     shape = ours.shape
+    if not ours.size:
+        return Metrics(0.0, 1.0, 1.0, 0.0, (), np.zeros(0), (0, 0), 0.0)
     rows = shape[0] if ours.ndim else 1
     ours, ref = ours.reshape(max(rows, 1), -1), ref.reshape(max(rows, 1), -1)
     step = max(1, _CHUNK // max(1, ours.shape[1]))

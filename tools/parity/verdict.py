@@ -64,7 +64,7 @@ class Factor:
 
 def find_broken(taps: Sequence[Tap]) -> None:
     """Mark the taps whose own operation diverges beyond its floor and matters downstream."""
-    judged = [tap for tap in taps if tap.local is not None]
+    judged = [tap for tap in taps if tap.local is not None and tap.local.method != "alone"]
     p_values = np.array([_p_value(tap.local) for tap in judged])
     for index in discoveries(p_values, FALSE_DISCOVERIES):
         judged[index].broken = True
@@ -258,11 +258,17 @@ def summary(taps: Sequence[Tap]) -> Mapping[str, int]:
 
 
 def other_model(taps: Sequence[Tap]) -> bool:
-    """Whether weights of every kind differ: no engine breaks its norms, biases and products all at once."""
-    weighted = [t for t in taps if t.local is not None and t.weight and not t.alias]
-    learned = [t for t in weighted if t.local.method in ("formula", "direct", "span")]
-    broken = {t.op for t in learned if t.broken}
-    return len(broken) >= 8 and sum(t.broken for t in learned) > 0.8 * len(learned)
+    """Whether weights of every kind differ: no engine breaks its norms, biases, kernels and table all at once."""
+    groups: dict[str, list[bool]] = {}
+    for tap in taps:
+        if tap.local is None or not tap.weight or tap.alias or tap.local.method not in ("formula", "direct"):
+            continue
+        stem = tap.weight.removesuffix(".weight").rpartition(".")[2] if "dt" not in tap.weight else "ssm_dt"
+        groups.setdefault("norm" if stem.endswith("norm") and stem != "ssm_norm" else stem, []).append(
+            tap.broken
+        )
+    broken = [group for group, marks in groups.items() if sum(marks) > 0.8 * len(marks)]
+    return len(broken) >= 4 and len(broken) >= 0.8 * len(groups)
 
 
 def unclear(taps: Sequence[Tap], resolution: float) -> str:

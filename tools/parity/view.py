@@ -11,7 +11,7 @@ import numpy as np
 from scarlet_jax.tools.parity import operations  # noqa: F401 - fills the table that `find` looks into
 from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, bf16, partner, tf32
 from scarlet_jax.tools.parity.facts import Facts
-from scarlet_jax.tools.parity.graph import Missing, find
+from scarlet_jax.tools.parity.graph import Missing, Op, find
 
 Weights = Mapping[tuple[int | None, str], np.ndarray]
 Taps = Mapping[str, np.ndarray]
@@ -95,10 +95,16 @@ class LayerView:
         self.dtype = np.dtype(dtype)
         self.arithmetic = arithmetic or Arithmetic()
         self.used: list[str] = []
+        self.computed: list[Op] = []  # operations whose taps were not dumped
+        self.instead: dict[str, Any] = {}  # formulas to use for some of them
         self._jitter, self._absolute = jitter, absolute
         self._rng = np.random.default_rng(seed)
         self._known: dict[str, np.ndarray] = {}
         self._stack: list[str] = []
+
+    def fresh(self) -> LayerView:
+        """The same view with nothing computed yet."""
+        return LayerView(self.run, self.layer, self.kind, self.facts, self.dtype, arithmetic=self.arithmetic)
 
     def tap_name(self, name: str) -> str:
         """The dump's name of this layer's `name`."""
@@ -124,8 +130,9 @@ class LayerView:
         if op is None or name in self._stack:
             raise Missing(self.tap_name(name))
         self._stack.append(name)
+        self.computed.append(op)
         try:
-            return op.run(self)
+            return self.instead.get(name, op.run)(self)
         finally:
             self._stack.pop()
 
