@@ -34,6 +34,7 @@ ISA_FLAGS = {
     for part in ("isa", "mixers")
     for isa, flags in (("generic", []), ("avx2", AVX2_FLAGS), ("avx512", AVX512_FLAGS))
 }
+ISA_FLAGS["fast_avx512vnni.cc"] = [*AVX512_FLAGS, "-mavx512vnni"]
 SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
 
 

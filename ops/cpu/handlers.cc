@@ -69,9 +69,10 @@ struct Rows {
     x.push_back(from);
     y.push_back(to);
   }
-  Job job(const Weights& w, int64_t matrix) const {
+  Job job(const Weights& w, int64_t matrix, bool fast) const {
     return {w.type,
-            {w.data + matrix * w.bytes, w.rows, w.elements, x.data(), y.data(), static_cast<int64_t>(x.size())}};
+            {w.data + matrix * w.bytes, w.rows, w.elements, x.data(), y.data(), static_cast<int64_t>(x.size())},
+            fast};
   }
 };
 
@@ -112,7 +113,8 @@ void collect(const Buffer& x, const Buffer& wb, const Buffer& y, const Weights& 
   }
 }
 
-ffi::Error qmatmul(Buffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys, std::string_view qtypes) {
+ffi::Error qmatmul(Buffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys, std::string_view qtypes,
+                   bool fast) {
   return guarded("scarlet_qmatmul", [&](const Kernels& kernels) {
     const std::vector<std::string_view> names = split_names(qtypes);
     if (names.size() != ws.size() || names.size() != ys.size()) {
@@ -126,14 +128,15 @@ ffi::Error qmatmul(Buffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys, std::
       const Buffer wb = *ws.get<Buffer>(i), y = **ys.get<Buffer>(i);
       const Weights w = weights("w", wb, names[i]);
       collect(x, wb, y, w, &rows[i]);
-      for (const auto& [matrix, list] : rows[i]) jobs.push_back(list.job(w, matrix));
+      for (const auto& [matrix, list] : rows[i]) jobs.push_back(list.job(w, matrix, fast));
     }
     multiply_all(kernels, jobs.data(), jobs.size());
   });
 }
 
 // x (M, in) or, each slot with its own, (M, k, in); w (E, out, in); ids i32 (M, k) -> y (M, k, out).
-ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> result, std::string_view qtype) {
+ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> result, std::string_view qtype,
+                           bool fast) {
   return guarded("scarlet_qmatmul_experts", [&](const Kernels& kernels) {
     const Buffer y = *result;
     const Weights w = weights("w", wb, qtype);
@@ -155,13 +158,14 @@ ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> 
       rows[id].add(x.typed_data<float>() + (own ? i : i / k) * w.elements, y.typed_data<float>() + i * w.rows);
     }
     std::vector<Job> jobs;
-    for (const auto& [id, list] : rows) jobs.push_back(list.job(w, id));
+    for (const auto& [id, list] : rows) jobs.push_back(list.job(w, id, fast));
     multiply_all(kernels, jobs.data(), jobs.size());
   });
 }
 
 // x (M, in), gate and up (F, in), down (out, F) -> y (M, out) = (silu(x gate) * (x up)) down.
-ffi::Error ffn(Buffer x, Buffer gate_b, Buffer up_b, Buffer down_b, ffi::Result<Buffer> result, std::string_view qtypes) {
+ffi::Error ffn(Buffer x, Buffer gate_b, Buffer up_b, Buffer down_b, ffi::Result<Buffer> result, std::string_view qtypes,
+               bool fast) {
   return guarded("scarlet_ffn", [&](const Kernels& kernels) {
     const Buffer y = *result;
     const std::vector<std::string_view> names = split_names(qtypes);
@@ -181,8 +185,8 @@ ffi::Error ffn(Buffer x, Buffer gate_b, Buffer up_b, Buffer down_b, ffi::Result<
       in_rows.add(x.typed_data<float>() + m * in, hidden.get() + m * F);
       out_rows.add(hidden.get() + m * F, y.typed_data<float>() + m * down.rows);
     }
-    multiply_gated(kernels, in_rows.job(gate, 0), in_rows.job(up, 0));
-    const Job last = out_rows.job(down, 0);
+    multiply_gated(kernels, in_rows.job(gate, 0, fast), in_rows.job(up, 0, fast));
+    const Job last = out_rows.job(down, 0, fast);
     multiply_all(kernels, &last, 1);
   });
 }
@@ -211,14 +215,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_qmatmul, scarlet::qmatmul,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<std::string_view>("qtypes"));
+                                  .Attr<std::string_view>("qtypes")
+                                  .Attr<bool>("fast"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_qmatmul_experts, scarlet::qmatmul_experts,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<std::string_view>("qtype"));
+                                  .Attr<std::string_view>("qtype")
+                                  .Attr<bool>("fast"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_ffn, scarlet::ffn,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::AnyBuffer>()
@@ -226,7 +232,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_ffn, scarlet::ffn,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<std::string_view>("qtypes"));
+                                  .Attr<std::string_view>("qtypes")
+                                  .Attr<bool>("fast"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_decode, scarlet::decode,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::AnyBuffer>()

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "fast.h"
 #include "team.h"
 
 namespace scarlet {
@@ -84,57 +85,91 @@ void decode_all(const Kernels& kernels, QType type, const uint8_t* blocks, float
 
 namespace {
 
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Aligned = std::unique_ptr<T[], Free>;
+template <class T>
+Aligned<T> aligned(size_t count) {
+  return Aligned<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+}
+
+// A job whose rows of x are in the form that its kernels want: as they are, in another order, or of 16 bits.
+struct Ready {
+  QType type;
+  Product product;
+  const FastKernels* fast = nullptr;
+  FastRows rows{};  // if fast
+
+  Ready(const Kernels& kernels, const Job& job) : type(job.type), product(job.product) {
+    const PrepareFn prepare = kernels.prepare[static_cast<int>(type)];
+    const FastKernels* offered = job.fast ? fast_kernels() : nullptr;
+    if (product.count == 0) return;
+    if (product.count <= kFewRows) {
+      if (prepare != nullptr) reorder(kernels, prepare);
+    } else if (offered != nullptr && offered->covers(type)) {
+      round(*offered);
+    }
+  }
+
+  int64_t step() const {  // rows of weights that a task takes
+    // Enough to amortise taking one, and few enough to even out what the threads finish: for few rows of x
+    // a stretch of memory, for many a tile of the matrix product.
+    if (fast != nullptr) return kFastTileRows;
+    if (product.count > kFewRows) return kTileRows;
+    return rows_a_task(static_cast<int64_t>(row_bytes(type, product.elements)), 1 << 16, 4);
+  }
+  size_t scratch_floats(const Kernels& kernels) const {
+    return kernels.scratch_floats + (fast ? fast->scratch_floats(product.elements) : 0);
+  }
+
+ private:
+  void reorder(const Kernels& kernels, PrepareFn prepare) {
+    const int64_t length = (kernels.prepared_floats(product.elements) + 15) / 16 * 16;
+    floats_ = aligned<float>(product.count * length);
+    for (int64_t m = 0; m < product.count; m++) {
+      x_.push_back(floats_.get() + m * length);
+      prepare(product.x[m], product.elements, floats_.get() + m * length);
+    }
+    product.x = x_.data();
+  }
+  void round(const FastKernels& kernels) {
+    const int64_t elements = product.elements, scales = product.count * (elements / 256);
+    fast = &kernels;
+    quants_ = aligned<int16_t>(product.count * elements);
+    floats_ = aligned<float>(scales + product.count * (elements / 16));
+    rows = {product.count, elements, quants_.get(), floats_.get(), floats_.get() + scales};
+    run_tasks(product.count, 0, [&](int64_t m, float*) { fast->quantise(product.x[m], m, rows); });
+  }
+
+  Aligned<float> floats_;
+  Aligned<int16_t> quants_;
+  std::vector<const float*> x_;
+};
+
 struct Part {  // rows of one job's weights
-  const Job* job;
+  const Ready* job;
   int64_t first, end;
 };
 
-void split(const Job& job, std::vector<Part>* parts) {
+void split(const Ready& job, std::vector<Part>* parts) {
   const Product& p = job.product;
   if (p.count == 0) return;
-  // Tasks large enough to amortise taking one, small enough to even out what the threads finish: for few
-  // rows of x a stretch of memory, for many a tile of the matrix product.
-  const int64_t stride = static_cast<int64_t>(row_bytes(job.type, p.elements));
-  const int64_t step = p.count <= kFewRows ? rows_a_task(stride, 1 << 16, 4) : kTileRows;
-  for (int64_t r = 0; r < p.rows; r += step) parts->push_back({&job, r, std::min(p.rows, r + step)});
+  for (int64_t r = 0; r < p.rows; r += job.step()) parts->push_back({&job, r, std::min(p.rows, r + job.step())});
 }
 
 // The part's rows of the job's product, into `y` (one pointer a row of x, at the part's first result).
 void multiply(const Kernels& kernels, const Part& part, float* const* y, float* scratch) {
-  const QType type = part.job->type;
-  Product p = part.job->product;
-  p.w += part.first * static_cast<int64_t>(row_bytes(type, p.elements));
+  const Ready& job = *part.job;
+  Product p = job.product;
+  p.w += part.first * static_cast<int64_t>(row_bytes(job.type, p.elements));
   p.rows = part.end - part.first;
   p.y = y;
+  if (job.fast != nullptr) return job.fast->multiply(kernels, job.type, p, job.rows, scratch);
   const auto& table = p.count <= kFewRows ? kernels.multiply_few : kernels.multiply_many;
-  table[static_cast<int>(type)](p, scratch);
+  table[static_cast<int>(job.type)](p, scratch);
 }
-
-// Jobs whose few rows of x are in the order that their kernels want.
-struct Prepared {
-  std::vector<Job> jobs;
-
-  Prepared(const Kernels& kernels, const Job* given, size_t count) : jobs(given, given + count) {
-    for (Job& job : jobs) {
-      Product& p = job.product;
-      const PrepareFn prepare = kernels.prepare[static_cast<int>(job.type)];
-      if (prepare == nullptr || p.count == 0 || p.count > kFewRows) continue;
-      const int64_t length = (kernels.prepared_floats(p.elements) + 15) / 16 * 16;
-      rows_.emplace_back(static_cast<float*>(std::aligned_alloc(64, p.count * length * sizeof(float))), &std::free);
-      std::vector<const float*> x;
-      for (int64_t m = 0; m < p.count; m++) {
-        x.push_back(rows_.back().get() + m * length);
-        prepare(p.x[m], p.elements, rows_.back().get() + m * length);
-      }
-      lists_.push_back(std::move(x));
-      p.x = lists_.back().data();
-    }
-  }
-
- private:
-  std::vector<std::unique_ptr<float, void (*)(void*)>> rows_;
-  std::list<std::vector<const float*>> lists_;
-};
 
 std::vector<float*> results(const Part& part) {
   const Product& p = part.job->product;
@@ -145,32 +180,45 @@ std::vector<float*> results(const Part& part) {
 
 }  // namespace
 
+const FastKernels* fast_kernels() {
+#if defined(__x86_64__)
+  static const bool runs_here = __builtin_cpu_supports("avx512vnni");
+  if (runs_here && std::strcmp(kernels().isa, "avx512") == 0) return &fast_kernels_avx512vnni();
+#endif
+  return nullptr;
+}
+
 void multiply_all(const Kernels& kernels, const Job* given, size_t count) {
-  const Prepared jobs(kernels, given, count);
+  std::list<Ready> jobs;
   std::vector<Part> parts;
-  for (const Job& job : jobs.jobs) split(job, &parts);
-  run_tasks(static_cast<int64_t>(parts.size()), kernels.scratch_floats, [&](int64_t i, float* scratch) {
+  size_t floats = 0;
+  for (size_t i = 0; i < count; i++) {
+    jobs.emplace_back(kernels, given[i]);
+    split(jobs.back(), &parts);
+    floats = std::max(floats, jobs.back().scratch_floats(kernels));
+  }
+  run_tasks(static_cast<int64_t>(parts.size()), floats, [&](int64_t i, float* scratch) {
     multiply(kernels, parts[i], results(parts[i]).data(), scratch);
   });
 }
 
 void multiply_gated(const Kernels& kernels, const Job& given_gate, const Job& given_up) {
-  const Job both[] = {given_gate, given_up};
-  const Prepared jobs(kernels, both, 2);
-  const Job &gate = jobs.jobs[0], &up = jobs.jobs[1];
+  const Ready gate(kernels, given_gate), up(kernels, given_up);
   std::vector<Part> parts;
-  split(gate, &parts);
+  // Both in the smaller of their steps.
+  split(gate.step() <= up.step() ? gate : up, &parts);
   if (parts.empty()) return;
   const int64_t count = gate.product.count, step = parts[0].end - parts[0].first;
-  const size_t floats = kernels.scratch_floats + static_cast<size_t>(count * step);
+  const size_t for_kernels = std::max(gate.scratch_floats(kernels), up.scratch_floats(kernels));
+  const size_t floats = for_kernels + static_cast<size_t>(count * step);
   run_tasks(static_cast<int64_t>(parts.size()), floats, [&](int64_t i, float* scratch) {
-    const Part &part = parts[i], same_of_up = {&up, part.first, part.end};
-    const std::vector<float*> y = results(part);
+    const Part of_gate = {&gate, parts[i].first, parts[i].end}, of_up = {&up, parts[i].first, parts[i].end};
+    const std::vector<float*> y = results(of_gate);
     std::vector<float*> u(count);
-    for (int64_t m = 0; m < count; m++) u[m] = scratch + kernels.scratch_floats + m * step;
-    multiply(kernels, part, y.data(), scratch);
-    multiply(kernels, same_of_up, u.data(), scratch);
-    for (int64_t m = 0; m < count; m++) kernels.silu_gate(y[m], u[m], part.end - part.first);
+    for (int64_t m = 0; m < count; m++) u[m] = scratch + for_kernels + m * step;
+    multiply(kernels, of_gate, y.data(), scratch);
+    multiply(kernels, of_up, u.data(), scratch);
+    for (int64_t m = 0; m < count; m++) kernels.silu_gate(y[m], u[m], of_gate.end - of_gate.first);
   });
 }
 
@@ -214,6 +262,13 @@ const char* scarlet_set_isa(const char* name, char* error, size_t size) {
   }
   scarlet::chosen.store(kernels, std::memory_order_release);
   return kernels->isa;
+}
+
+// Whether the fast mode covers the type of that name here.
+bool scarlet_rounds(const char* name) {
+  const scarlet::FastKernels* fast = scarlet::fast_kernels();
+  scarlet::QType type;
+  return fast != nullptr && scarlet::type_by_name(name, std::strlen(name), &type) && fast->covers(type);
 }
 
 void scarlet_set_threads(int threads) { scarlet::set_threads(threads); }

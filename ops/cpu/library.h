@@ -21,6 +21,7 @@ void decode_all(const Kernels& kernels, QType type, const uint8_t* blocks, float
 struct Job {
   QType type;
   Product product;
+  bool fast = false;  // many rows of x may be rounded to 16 bits, where fast.h covers the type
 };
 void multiply_all(const Kernels& kernels, const Job* jobs, size_t count);
 

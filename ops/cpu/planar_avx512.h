@@ -618,9 +618,7 @@ template <class T, int M>
 static SCARLET_INLINE void dot_block(const uint8_t* b, const float* const* x, F (&acc)[M][2]) {
   const F scales = T::scales(b);
   SCARLET_UNROLL for (int v = 0; v < 4; v++) {
-    I q = T::quants(b, v);
-    // Or the compiler reads q from memory once for each plane, mostly across two cache lines.
-    asm("" : "+v"(q));
+    const I q = Simd::kept(T::quants(b, v));  // reading it for each plane would mostly be across two cache lines
     const F factor = _mm512_permutexvar_ps(_mm512_load_si512(kOrder<T>.group[v]), scales);
     F sum[M];
     SCARLET_UNROLL for (int k = 0; k < 4; k++) {

@@ -170,7 +170,7 @@ static SCARLET_INLINE void tile(const float* const* x, const float* w, int64_t s
     F v[M];
     SCARLET_UNROLL for (int m = 0; m < M; m++) v[m] = Simd::load(x[m] + k);
     SCARLET_UNROLL for (int n = 0; n < N; n++) {
-      const F u = Simd::load(w + n * kSpan + k);
+      const F u = Simd::kept(Simd::load(w + n * kSpan + k));
       SCARLET_UNROLL for (int m = 0; m < M; m++) acc[m][n] = Simd::fma(v[m], u, acc[m][n]);
     }
   }

@@ -23,6 +23,11 @@ struct Simd {  // the members are explained in simd_avx512.h
   static SCARLET_INLINE F zero() { return _mm256_setzero_ps(); }
   static SCARLET_INLINE F set1(float x) { return _mm256_set1_ps(x); }
   static SCARLET_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  template <class T>
+  static SCARLET_INLINE T kept(T v) {
+    asm("" : "+x"(v));
+    return v;
+  }
   static SCARLET_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static SCARLET_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static SCARLET_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }

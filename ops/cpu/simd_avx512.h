@@ -25,6 +25,12 @@ struct Simd {
   static SCARLET_INLINE F zero() { return _mm512_setzero_ps(); }
   static SCARLET_INLINE F set1(float x) { return _mm512_set1_ps(x); }
   static SCARLET_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  // The same, but the compiler may not read it from memory again at each use instead of keeping it.
+  template <class T>
+  static SCARLET_INLINE T kept(T v) {
+    asm("" : "+v"(v));
+    return v;
+  }
   static SCARLET_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static SCARLET_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static SCARLET_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }

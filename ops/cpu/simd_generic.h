@@ -24,6 +24,7 @@ struct Simd {  // the members are explained in simd_avx512.h
   static SCARLET_INLINE F zero() { return F{}; }
   static SCARLET_INLINE F set1(float x) { return F{x, x, x, x, x, x, x, x}; }
   static SCARLET_INLINE F load(const float* p) { return read<F>(p); }
+  static SCARLET_INLINE F kept(F v) { return v; }
   static SCARLET_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof(v)); }
   static SCARLET_INLINE F add(F a, F b) { return a + b; }
   static SCARLET_INLINE F sub(F a, F b) { return a - b; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support_blocks import (
+    LAYOUTS,
     QTYPES,
     assert_same_bits,
     by_gguf_py,
@@ -283,6 +285,70 @@ def test_experts(count, own):
     assert relative_l2(got, expected) <= TOLERANCE
 
 
+# --- the fast mode ----------------------------------------------------------------------------------
+
+# Rounding to 16 bits: half a step of max |x| / 32767 at most, 0.29 of one in the mean square. The largest of
+# 256 normal numbers is about 3, which makes 2.6e-5; minimums that cancel can make it somewhat more.
+FAST_TOLERANCE = 5e-5
+
+
+@pytest.mark.parametrize("count", [5, 203])
+@every_packed_type
+def test_fast(qtype, count, isa):
+    """Within what 16 bits allow where the mode covers the type, exact where it does not."""
+    rows = make_rows(qtype, out=73, blocks=9)
+    w = QTensor(rows, qtype)
+    x = activations(count, w.shape[1])
+    x[1, :256] = 0  # a stretch without a scale
+    error = relative_l2(jax.jit(lambda x: cpu.qmatmul(x, w, fast=True))(x), product(x, qtype, rows))
+    rounds = isa == "avx512" and cpu.rounds(qtype)
+    assert TOLERANCE < error <= FAST_TOLERANCE if rounds else error <= TOLERANCE
+
+
+@pytest.mark.parametrize("qtype", ["Q6_K", "IQ4_XS", "IQ2_S"])
+def test_fast_at_the_extremes(qtype):
+    """The largest quants, scales and activations together do not overflow 32 bits."""
+    for quant, scale in itertools.product((0x00, 0x80, 0x7F, 0xFF), repeat=2):
+        blocks = np.full((2 * 7, block_size(qtype)[1]), quant, np.uint8)
+        blocks[:, LAYOUTS[qtype].scales] = scale
+        rows = with_scale(qtype, blocks).reshape(7, -1)
+        w = QTensor(rows, qtype)
+        x = np.full((6, w.shape[1]), 3e4, np.float32) * np.array([1, -1, 1, -1, 1, -1], np.float32)[:, None]
+        expected = product(x, qtype, rows)
+        error = np.linalg.norm(cpu.qmatmul(x, w, fast=True) - expected)
+        assert error <= TOLERANCE * np.linalg.norm(expected)
+
+
+def test_fast_keeps_what_is_not_finite(isa):
+    w = QTensor(make_rows("Q4_K", out=7), "Q4_K")
+    x = activations(6, w.shape[1])
+    x[1, 300], x[3, 5] = np.inf, np.nan
+    finite = np.isfinite(np.asarray(cpu.qmatmul(x, w, fast=True)))
+    assert finite[[0, 2, 4, 5]].all()
+    assert not finite[[1, 3]].any()
+
+
+def test_few_rows_are_exact_in_the_fast_mode():
+    w = QTensor(make_rows("Q4_K", out=7), "Q4_K")
+    x = activations(4, w.shape[1])
+    np.testing.assert_array_equal(cpu.qmatmul(x, w, fast=True), cpu.qmatmul(x, w))
+
+
+@pytest.mark.parametrize("count", [6, 100])
+def test_fast_fused_calls(count, isa):
+    rows = {name: rows_of("Q4_K", *shape) for name, shape in (("gate", (300, 512)), ("up", (300, 512)))}
+    ws = [QTensor(r, "Q4_K") for r in rows.values()]
+    x = activations(count, 512)
+    one, other = cpu.qmatmul_many(x, ws, fast=True)
+    np.testing.assert_array_equal(one, cpu.qmatmul(x, ws[0], fast=True))
+    np.testing.assert_array_equal(other, cpu.qmatmul(x, ws[1], fast=True))
+    x /= np.float32(np.std(np.asarray(one)) / 3)
+    down = jnp.asarray(activations(11, 300))
+    assert (
+        relative_l2(cpu.ffn(x, *ws, down, fast=True), np.float64(cpu.ffn(x, *ws, down))) <= 2 * FAST_TOLERANCE
+    )
+
+
 # --- transformations --------------------------------------------------------------------------------
 
 
@@ -329,6 +395,7 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 np.zeros((3, 256), F32),
                 BLOCKS,
                 qtypes="Q4_K",
+                fast=False,
             ),
             r"scarlet_qmatmul: w is u8 \(7, 288\): expected rows of 256 elements",
         ),
@@ -339,6 +406,7 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 np.zeros((3, 512), np.int32),
                 BLOCKS,
                 qtypes="Q4_K",
+                fast=False,
             ),
             r"scarlet_qmatmul: x is i32 \(3, 512\): expected f32",
         ),
@@ -349,6 +417,7 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 np.zeros((3, 512), F32),
                 BLOCKS,
                 qtypes="Q4_K",
+                fast=False,
             ),
             r"scarlet_qmatmul: the result is f32 \(3, 6\)",
         ),
@@ -359,6 +428,7 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 np.zeros((3, 512), F32),
                 BLOCKS,
                 qtypes="Q9_X",
+                fast=False,
             ),
             "w has quant type Q9_X, which is unknown",
         ),
@@ -369,6 +439,7 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 np.zeros((3, 512), F32),
                 BLOCKS[:, 1:],
                 qtypes="Q4_K",
+                fast=False,
             ),
             r"w is u8 \(7, 287\): expected rows of whole Q4_K blocks of 144 bytes",
         ),
@@ -379,6 +450,7 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 np.zeros((3, 512), F32),
                 BLOCKS,
                 qtypes="Q4_K,Q6_K",
+                fast=False,
             ),
             "1 weights and 1 results for quant types Q4_K,Q6_K",
         ),
@@ -389,6 +461,7 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 np.zeros((3, 512), F32),
                 BLOCKS.astype(F32),
                 qtypes="Q4_K",
+                fast=False,
             ),
             r"w is f32 \(7, 288\): expected u8",
         ),
@@ -405,6 +478,7 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 BLOCKS,
                 BLOCKS,
                 qtypes="Q4_K,Q4_K,Q4_K",
+                fast=False,
             ),
             r"scarlet_ffn: down is u8 \(7, 288\): expected rows of 7 elements",
         ),
