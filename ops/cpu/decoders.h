@@ -235,7 +235,8 @@ struct Q3_K {  // third bits[32], pairs[64], scales[12], f16 d: d (scale - 32) (
         SCARLET_UNROLL for (int i = 0; i < 32; i += W) {
           const I low = bits_at(Simd::from_u8(b + 32 + 32 * h + i), 2 * s, 3);
           const I high = Simd::shl(bits_at(Simd::from_u8(b + i), 4 * h + s, 1), 2);
-          emit(128 * h + 32 * s + i, Simd::mul(scale[8 * h + 2 * s + i / 16], minus(Simd::or_(low, high), 4)));
+          emit(128 * h + 32 * s + i,
+               Simd::mul(scale[8 * h + 2 * s + i / 16], minus(Simd::or_(low, high), 4)));
         }
       }
     }
@@ -247,7 +248,8 @@ struct Q3_K {  // third bits[32], pairs[64], scales[12], f16 d: d (scale - 32) (
     const uint32_t high = read<uint32_t>(packed + 8);
     const uint32_t nibble = 0x0f0f0f0f, pair = 0x30303030;
     const uint32_t words[4] = {(a & nibble) | ((high << 4) & pair), (c & nibble) | ((high << 2) & pair),
-                               ((a >> 4) & nibble) | (high & pair), ((c >> 4) & nibble) | ((high >> 2) & pair)};
+                               ((a >> 4) & nibble) | (high & pair),
+                               ((c >> 4) & nibble) | ((high >> 2) & pair)};
     return Sixteen::scaled(d, reinterpret_cast<const uint8_t*>(words), 32);
   }
 };
@@ -306,7 +308,8 @@ struct Q6_K {  // nibbles[128], pairs[64], i8 scales[16], f16 d: d scale (q - 32
         SCARLET_UNROLL for (int i = 0; i < 32; i += W) {
           const I low = bits_at(Simd::from_u8(b + 64 * h + 32 * (s & 1) + i), 4 * (s >> 1), 15);
           const I high = Simd::shl(bits_at(Simd::from_u8(b + 128 + 32 * h + i), 2 * s, 3), 4);
-          emit(128 * h + 32 * s + i, Simd::mul(scale[8 * h + 2 * s + i / 16], minus(Simd::or_(low, high), 32)));
+          emit(128 * h + 32 * s + i,
+               Simd::mul(scale[8 * h + 2 * s + i / 16], minus(Simd::or_(low, high), 32)));
         }
       }
     }
@@ -447,7 +450,8 @@ struct IQ1_S {  // f16 d, index[32], u16 per 32: four 3-bit high indices, 3-bit 
   }
 };
 
-struct IQ1_M {  // index[32], nibble per 8 of 3 high index bits and sign of delta, u16[4] of 3-bit s per 16 and d
+struct IQ1_M {  // index[32], nibble per 8 of 3 high index bits and sign of delta, u16[4] of 3-bit s per 16
+                // and d
   template <class Emit>
   static SCARLET_INLINE void decode(const uint8_t* b, Emit emit) {
     const uint64_t words = read<uint64_t>(b + 48);
@@ -505,7 +509,8 @@ struct TQ1_0 {  // trits[48] five a byte, trits[4] four a byte, f16 d: d (t - 1)
       }
     }
     uint8_t last[16];
-    SCARLET_UNROLL for (int i = 0; i < 16; i++) last[i] = static_cast<uint8_t>(b[48 + (i & 3)] * kPower[i / 4]);
+    SCARLET_UNROLL
+    for (int i = 0; i < 16; i++) last[i] = static_cast<uint8_t>(b[48 + (i & 3)] * kPower[i / 4]);
     SCARLET_UNROLL for (int i = 0; i < 16; i += W) {
       emit(240 + i, Simd::mul(d, trit(Simd::from_u8(last + i), 1)));
     }
@@ -525,7 +530,8 @@ struct TQ2_0 {  // pairs[64], f16 d: d (q - 1)
     SCARLET_UNROLL for (int h = 0; h < 2; h++) {
       SCARLET_UNROLL for (int s = 0; s < 4; s++) {
         SCARLET_UNROLL for (int i = 0; i < 32; i += W) {
-          emit(128 * h + 32 * s + i, Simd::mul(d, minus(bits_at(Simd::from_u8(b + 32 * h + i), 2 * s, 3), 1)));
+          emit(128 * h + 32 * s + i,
+               Simd::mul(d, minus(bits_at(Simd::from_u8(b + 32 * h + i), 2 * s, 3), 1)));
         }
       }
     }

@@ -15,7 +15,8 @@ using I = Simd::I;
 constexpr int kBlock = 256;     // elements
 constexpr int kSpanBlocks = 4;  // blocks of k decoded at a time
 constexpr int kSpan = kSpanBlocks * kBlock;
-constexpr int kStride = kSpan + 32;  // of decoded rows: a multiple of 4096 bytes would crowd a few sets of the cache
+constexpr int kStride =
+    kSpan + 32;  // of decoded rows: a multiple of 4096 bytes would crowd a few sets of the cache
 constexpr int kPanelRows = 12;   // rows of weights multiplied while in the first level of cache (24 KiB)
 constexpr int kBatchRows = 192;  // rows of x whose spans (384 KiB) stay in the second level meanwhile
 constexpr int kTileM = 3, kTileN = 4;  // the results that are kept in registers: of x and of weights
@@ -110,7 +111,8 @@ void decode_minimums(QType type, const uint8_t* b, float* out) {
   std::memcpy(&low, b + 12, sizeof(low));
   high = ((low >> 4) & 0x0f0f0f0f) | ((m >> 2) & 0x30303030);
   m &= 0x3f3f3f3f;
-  const __m128i eight = _mm_unpacklo_epi32(_mm_cvtsi32_si128(static_cast<int>(m)), _mm_cvtsi32_si128(static_cast<int>(high)));
+  const __m128i eight =
+      _mm_unpacklo_epi32(_mm_cvtsi32_si128(static_cast<int>(m)), _mm_cvtsi32_si128(static_cast<int>(high)));
   const I minimums = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(eight, eight));
   Simd::store(out, Simd::mul(Simd::to_float(minimums), Simd::set1(-Simd::f16(b + 2))));
 }
@@ -119,8 +121,8 @@ void decode_minimums(QType type, const uint8_t* b, float* out) {
 
 // The sums of M rows of x and N of weights over some blocks, added to y.
 template <int M, int N>
-SCARLET_INLINE void tile(const int16_t* const* x, const float* const* x_scales, const int16_t* w, const float* d,
-                         int64_t blocks, float* const* y) {
+SCARLET_INLINE void tile(const int16_t* const* x, const float* const* x_scales, const int16_t* w,
+                         const float* d, int64_t blocks, float* const* y) {
   F total[M * N];
   SCARLET_UNROLL for (int i = 0; i < M * N; i++) total[i] = Simd::zero();
   for (int64_t b = 0; b < blocks; b++) {
@@ -148,8 +150,8 @@ SCARLET_INLINE void tile(const int16_t* const* x, const float* const* x_scales, 
 }
 
 template <int M>
-void panel(const int16_t* const* x, const float* const* x_scales, const int16_t* w, const float* d, int64_t rows,
-           int64_t blocks, float* const* y) {
+void panel(const int16_t* const* x, const float* const* x_scales, const int16_t* w, const float* d,
+           int64_t rows, int64_t blocks, float* const* y) {
   int64_t n = 0;
   float* out[M];
   for (; n < rows; n += n + kTileN <= rows ? kTileN : 1) {
@@ -167,8 +169,8 @@ size_t scratch_floats(int64_t elements) {
   return size_t{kFastTileRows} * (kStride / 2 + kSpanBlocks + static_cast<size_t>(elements) / 16);
 }
 
-void multiply_span(const FastRows& rows, int64_t from, int64_t blocks, const int16_t* w, const float* d, int64_t w_rows,
-                   float* const* y) {
+void multiply_span(const FastRows& rows, int64_t from, int64_t blocks, const int16_t* w, const float* d,
+                   int64_t w_rows, float* const* y) {
   const int16_t* x[kTileM];
   const float* scales[kTileM];
   float* out[kTileM];
@@ -191,7 +193,8 @@ void multiply_span(const FastRows& rows, int64_t from, int64_t blocks, const int
 }
 
 // y = x times the minimums (or zero), to which the rest is then added.
-void start(const Kernels& exact, QType type, const Product& p, const FastRows& rows, float* minimums, float* scratch) {
+void start(const Kernels& exact, QType type, const Product& p, const FastRows& rows, float* minimums,
+           float* scratch) {
   const Format f = format(type);
   if (f.dmin < 0) {
     for (int64_t m = 0; m < rows.count; m++) std::memset(p.y[m], 0, p.rows * sizeof(float));
@@ -206,7 +209,8 @@ void start(const Kernels& exact, QType type, const Product& p, const FastRows& r
   for (int64_t m = 0; m < rows.count; m += kBatchRows) {
     const int64_t count = rows.count - m < kBatchRows ? rows.count - m : kBatchRows;
     for (int64_t i = 0; i < count; i++) x[i] = rows.sums + (m + i) * (p.elements / 16);
-    const Product of_minimums = {reinterpret_cast<const uint8_t*>(minimums), p.rows, blocks * 16, x, p.y + m, count};
+    const Product of_minimums = {
+        reinterpret_cast<const uint8_t*>(minimums), p.rows, blocks * 16, x, p.y + m, count};
     exact.multiply_many[static_cast<int>(QType::F32)](of_minimums, scratch);
   }
 }

@@ -37,7 +37,8 @@ Weights weights(const char* name, const Buffer& b, std::string_view type_name) {
   const int64_t last = dim(b, 0);
   if (b.element_type() == ffi::U8) {
     const int64_t unit = is_float(w.type) ? info.bytes / info.elements : info.bytes;
-    expect(last % unit == 0, name, b, "rows of whole " + std::string(info.name) + " blocks of " + std::to_string(unit) + " bytes");
+    expect(last % unit == 0, name, b,
+           "rows of whole " + std::string(info.name) + " blocks of " + std::to_string(unit) + " bytes");
     w.elements = last / unit * (is_float(w.type) ? 1 : info.elements);
   } else {
     const ffi::DataType own[] = {ffi::F32, ffi::F16, ffi::BF16};
@@ -52,7 +53,7 @@ Weights weights(const char* name, const Buffer& b, std::string_view type_name) {
 
 std::vector<std::string_view> split_names(std::string_view names) {
   std::vector<std::string_view> parts;
-  for (size_t from = 0;; ) {
+  for (size_t from = 0;;) {
     const size_t comma = names.find(',', from);
     parts.push_back(names.substr(from, comma - from));
     if (comma == std::string_view::npos) return parts;
@@ -70,9 +71,10 @@ struct Rows {
     y.push_back(to);
   }
   Job job(const Weights& w, int64_t matrix, bool fast) const {
-    return {w.type,
-            {w.data + matrix * w.bytes, w.rows, w.elements, x.data(), y.data(), static_cast<int64_t>(x.size())},
-            fast};
+    return {
+        w.type,
+        {w.data + matrix * w.bytes, w.rows, w.elements, x.data(), y.data(), static_cast<int64_t>(x.size())},
+        fast};
   }
 };
 
@@ -98,15 +100,18 @@ void expect_leading(const char* name, const Buffer& b, const Buffer& y) {
 }
 
 // x (..., M, in) times one w (..., out, in): the rows of each matrix of w.
-void collect(const Buffer& x, const Buffer& wb, const Buffer& y, const Weights& w, std::map<int64_t, Rows>* rows) {
-  expect(w.elements == dim(x, 0), "w", wb, "rows of " + std::to_string(dim(x, 0)) + " elements, as in x " + describe(x));
-  expect(y.element_type() == ffi::F32 && rank(y) == rank(x) && dim(y, 0) == w.rows && dim(y, 1) == dim(x, 1), "the result",
-         y, "f32 (..., M, out) for x " + describe(x) + " and w " + describe(wb));
+void collect(const Buffer& x, const Buffer& wb, const Buffer& y, const Weights& w,
+             std::map<int64_t, Rows>* rows) {
+  expect(w.elements == dim(x, 0), "w", wb,
+         "rows of " + std::to_string(dim(x, 0)) + " elements, as in x " + describe(x));
+  expect(y.element_type() == ffi::F32 && rank(y) == rank(x) && dim(y, 0) == w.rows && dim(y, 1) == dim(x, 1),
+         "the result", y, "f32 (..., M, out) for x " + describe(x) + " and w " + describe(wb));
   expect_leading("x", x, y);
   expect_leading("w", wb, y);
   const int64_t M = dim(x, 1);
   for (int64_t b = 0; b < leading(y, 2); b++) {
-    const float* from = x.typed_data<float>() + broadcast_index(b, y.dimensions(), x.dimensions(), 2) * M * w.elements;
+    const float* from =
+        x.typed_data<float>() + broadcast_index(b, y.dimensions(), x.dimensions(), 2) * M * w.elements;
     float* to = y.typed_data<float>() + b * M * w.rows;
     Rows& target = (*rows)[broadcast_index(b, y.dimensions(), wb.dimensions(), 2)];
     for (int64_t m = 0; m < M; m++) target.add(from + m * w.elements, to + m * w.rows);
@@ -135,8 +140,8 @@ ffi::Error qmatmul(Buffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys, std::
 }
 
 // x (M, in) or, each slot with its own, (M, k, in); w (E, out, in); ids i32 (M, k) -> y (M, k, out).
-ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> result, std::string_view qtype,
-                           bool fast) {
+ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> result,
+                           std::string_view qtype, bool fast) {
   return guarded("scarlet_qmatmul_experts", [&](const Kernels& kernels) {
     const Buffer y = *result;
     const Weights w = weights("w", wb, qtype);
@@ -144,10 +149,11 @@ ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> 
     expect(ids.element_type() == ffi::S32 && rank(ids) == 2, "ids", ids, "i32 (M, k)");
     const int64_t M = dim(ids, 1), k = dim(ids, 0), experts = wb.dimensions()[0];
     const bool own = rank(x) == 3;
-    expect(x.element_type() == ffi::F32 && (rank(x) == 2 || (own && dim(x, 1) == k)) && x.dimensions()[0] == M &&
-               dim(x, 0) == w.elements,
+    expect(x.element_type() == ffi::F32 && (rank(x) == 2 || (own && dim(x, 1) == k)) &&
+               x.dimensions()[0] == M && dim(x, 0) == w.elements,
            "x", x, "f32 (M, in) or (M, k, in) for w " + describe(wb) + " and ids " + describe(ids));
-    expect(y.element_type() == ffi::F32 && rank(y) == 3 && y.dimensions()[0] == M && dim(y, 1) == k && dim(y, 0) == w.rows,
+    expect(y.element_type() == ffi::F32 && rank(y) == 3 && y.dimensions()[0] == M && dim(y, 1) == k &&
+               dim(y, 0) == w.rows,
            "the result", y, "f32 (M, k, out)");
     std::map<int64_t, Rows> rows;
     for (int64_t i = 0; i < M * k; i++) {
@@ -155,7 +161,8 @@ ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> 
       if (id < 0 || id >= experts) {
         throw Misfit{"ids has " + std::to_string(id) + ": expected 0 to " + std::to_string(experts - 1)};
       }
-      rows[id].add(x.typed_data<float>() + (own ? i : i / k) * w.elements, y.typed_data<float>() + i * w.rows);
+      rows[id].add(x.typed_data<float>() + (own ? i : i / k) * w.elements,
+                   y.typed_data<float>() + i * w.rows);
     }
     std::vector<Job> jobs;
     for (const auto& [id, list] : rows) jobs.push_back(list.job(w, id, fast));
@@ -164,8 +171,8 @@ ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> 
 }
 
 // x (M, in), gate and up (F, in), down (out, F) -> y (M, out) = (silu(x gate) * (x up)) down.
-ffi::Error ffn(Buffer x, Buffer gate_b, Buffer up_b, Buffer down_b, ffi::Result<Buffer> result, std::string_view qtypes,
-               bool fast) {
+ffi::Error ffn(Buffer x, Buffer gate_b, Buffer up_b, Buffer down_b, ffi::Result<Buffer> result,
+               std::string_view qtypes, bool fast) {
   return guarded("scarlet_ffn", [&](const Kernels& kernels) {
     const Buffer y = *result;
     const std::vector<std::string_view> names = split_names(qtypes);
@@ -174,11 +181,13 @@ ffi::Error ffn(Buffer x, Buffer gate_b, Buffer up_b, Buffer down_b, ffi::Result<
     const Weights down = weights("down", down_b, names[2]);
     expect(x.element_type() == ffi::F32 && rank(x) == 2, "x", x, "f32 (M, in)");
     const int64_t M = dim(x, 1), in = dim(x, 0), F = gate.rows;
-    expect(rank(gate_b) == 2 && gate.elements == in, "gate", gate_b, "rows of " + std::to_string(in) + " elements");
+    expect(rank(gate_b) == 2 && gate.elements == in, "gate", gate_b,
+           "rows of " + std::to_string(in) + " elements");
     expect(rank(up_b) == 2 && up.elements == in && up.rows == F, "up", up_b, "the shape of gate");
-    expect(rank(down_b) == 2 && down.elements == F, "down", down_b, "rows of " + std::to_string(F) + " elements");
-    expect(y.element_type() == ffi::F32 && rank(y) == 2 && dim(y, 1) == M && dim(y, 0) == down.rows, "the result", y,
-           "f32 (M, out)");
+    expect(rank(down_b) == 2 && down.elements == F, "down", down_b,
+           "rows of " + std::to_string(F) + " elements");
+    expect(y.element_type() == ffi::F32 && rank(y) == 2 && dim(y, 1) == M && dim(y, 0) == down.rows,
+           "the result", y, "f32 (M, out)");
     const std::unique_ptr<float[]> hidden(new float[M * F]);
     Rows in_rows, out_rows;
     for (int64_t m = 0; m < M; m++) {
@@ -196,14 +205,17 @@ ffi::Error decode(Buffer blocks, ffi::Result<Buffer> result, std::string_view qt
   return guarded("scarlet_decode", [&](const Kernels& kernels) {
     const Buffer out = *result;
     QType type;
-    if (!type_by_name(qtype.data(), qtype.size(), &type)) throw Misfit{"quant type " + std::string(qtype) + " is unknown"};
+    if (!type_by_name(qtype.data(), qtype.size(), &type))
+      throw Misfit{"quant type " + std::string(qtype) + " is unknown"};
     expect(blocks.element_type() == ffi::U8 && rank(blocks) >= 1, "blocks", blocks, "u8 (..., row bytes)");
-    expect(out.element_type() == ffi::F32 && rank(out) == rank(blocks) && leading(out, 1) == leading(blocks, 1) &&
+    expect(out.element_type() == ffi::F32 && rank(out) == rank(blocks) &&
+               leading(out, 1) == leading(blocks, 1) &&
                (is_float(type) || dim(out, 0) % kTypes[static_cast<int>(type)].elements == 0) &&
                static_cast<int64_t>(row_bytes(type, dim(out, 0))) == dim(blocks, 0),
-           "the result", out, "f32 (..., elements) for " + std::string(qtype) + " blocks " + describe(blocks));
-    decode_all(kernels, type, static_cast<const uint8_t*>(blocks.untyped_data()), out.typed_data<float>(), leading(out, 1),
-               dim(out, 0));
+           "the result", out,
+           "f32 (..., elements) for " + std::string(qtype) + " blocks " + describe(blocks));
+    decode_all(kernels, type, static_cast<const uint8_t*>(blocks.untyped_data()), out.typed_data<float>(),
+               leading(out, 1), dim(out, 0));
   });
 }
 
@@ -234,8 +246,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_ffn, scarlet::ffn,
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<std::string_view>("qtypes")
                                   .Attr<bool>("fast"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_decode, scarlet::decode,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<std::string_view>("qtype"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    scarlet_decode, scarlet::decode,
+    xla::ffi::Ffi::Bind().Arg<xla::ffi::AnyBuffer>().Ret<xla::ffi::AnyBuffer>().Attr<std::string_view>(
+        "qtype"));

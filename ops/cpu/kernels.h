@@ -18,11 +18,11 @@ constexpr int kTileRows = 96;
 //   y[m][r] = sum over k of w[r][k] * x[m][k],  0 <= r < rows, 0 <= m < count.
 // Both ends are lists of pointers, so that rows can be gathered and scattered without a copy.
 struct Product {
-  const uint8_t* w;      // the first row of weights
-  int64_t rows;          // of weights
-  int64_t elements;      // of a row of weights and of activations (k)
-  const float* const* x; // `count` rows of activations
-  float* const* y;       // `count` rows of results, already advanced to the first row of weights
+  const uint8_t* w;       // the first row of weights
+  int64_t rows;           // of weights
+  int64_t elements;       // of a row of weights and of activations (k)
+  const float* const* x;  // `count` rows of activations
+  float* const* y;        // `count` rows of results, already advanced to the first row of weights
   int64_t count;
 };
 
@@ -33,11 +33,11 @@ using PrepareFn = void (*)(const float* x, int64_t elements, float* out);
 struct Kernels {
   const char* isa;
   DecodeFn decode[kTypeCount];
-  MultiplyFn multiply_few[kTypeCount];   // 1 <= count <= kFewRows; a row's sums do not depend on count
-  PrepareFn prepare[kTypeCount];         // if not null, what multiply_few wants done to each row of x before
+  MultiplyFn multiply_few[kTypeCount];  // 1 <= count <= kFewRows; a row's sums do not depend on count
+  PrepareFn prepare[kTypeCount];        // if not null, what multiply_few wants done to each row of x before
   int64_t (*prepared_floats)(int64_t elements);  // and how long the row then is
-  MultiplyFn multiply_many[kTypeCount];  // any count; a row's sums do not depend on it either
-  size_t scratch_floats;                 // what multiply_many needs, aligned to 64 bytes
+  MultiplyFn multiply_many[kTypeCount];          // any count; a row's sums do not depend on it either
+  size_t scratch_floats;                         // what multiply_many needs, aligned to 64 bytes
   void (*silu_gate)(float* gate, const float* up, int64_t n);  // gate = silu(gate) * up
   float (*sum_of_bytes)(const uint8_t* bytes, size_t n);       // reads all of them: a bandwidth probe
   double (*fma_chain)(int64_t iterations);                     // returns the flops it did: a peak probe

@@ -156,7 +156,8 @@ struct Part {  // rows of one job's weights
 void split(const Ready& job, std::vector<Part>* parts) {
   const Product& p = job.product;
   if (p.count == 0) return;
-  for (int64_t r = 0; r < p.rows; r += job.step()) parts->push_back({&job, r, std::min(p.rows, r + job.step())});
+  for (int64_t r = 0; r < p.rows; r += job.step())
+    parts->push_back({&job, r, std::min(p.rows, r + job.step())});
 }
 
 // The part's rows of the job's product, into `y` (one pointer a row of x, at the part's first result).
@@ -238,8 +239,9 @@ size_t scarlet_set_codebook(const char* name, const void* data, size_t size) {
     size_t size;
   } books[] = {
 #define SCARLET_BOOK(book) {#book, &codebooks.book, sizeof(codebooks.book)}
-      SCARLET_BOOK(iq1),     SCARLET_BOOK(iq2_xxs), SCARLET_BOOK(iq2_xs),     SCARLET_BOOK(iq2_s), SCARLET_BOOK(iq3_xxs),
-      SCARLET_BOOK(iq3_s),   SCARLET_BOOK(sign_codes), SCARLET_BOOK(iq4), SCARLET_BOOK(e2m1),
+      SCARLET_BOOK(iq1),        SCARLET_BOOK(iq2_xxs), SCARLET_BOOK(iq2_xs),
+      SCARLET_BOOK(iq2_s),      SCARLET_BOOK(iq3_xxs), SCARLET_BOOK(iq3_s),
+      SCARLET_BOOK(sign_codes), SCARLET_BOOK(iq4),     SCARLET_BOOK(e2m1),
 #undef SCARLET_BOOK
   };
   for (const auto& book : books) {
@@ -280,7 +282,8 @@ float scarlet_read_all(const uint8_t* bytes, size_t size) {
   constexpr int64_t kPart = 1 << 20;
   const int64_t parts = static_cast<int64_t>(size) / kPart;
   std::vector<float> sums(parts);
-  scarlet::run_tasks(parts, 0, [&](int64_t i, float*) { sums[i] = k.sum_of_bytes(bytes + i * kPart, kPart); });
+  scarlet::run_tasks(parts, 0,
+                     [&](int64_t i, float*) { sums[i] = k.sum_of_bytes(bytes + i * kPart, kPart); });
   float total = 0;
   for (float sum : sums) total += sum;
   return total;

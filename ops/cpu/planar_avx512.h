@@ -21,16 +21,21 @@ struct Plain {
   static SCARLET_INLINE F minimums(const uint8_t*, F) { return Simd::zero(); }
   static SCARLET_INLINE I plane(I q, int, int k) { return k == 0 ? q : Simd::shr(q, 8 * k); }
 
-  static SCARLET_INLINE F iota() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static SCARLET_INLINE F iota() {
+    return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
   static SCARLET_INLINE I load64(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static SCARLET_INLINE I both_halves(const uint8_t* p) {  // 32 bytes twice
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static SCARLET_INLINE I halves(int low, int high) {  // eight lanes of each
-    return _mm512_setr_epi32(low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high);
+    return _mm512_setr_epi32(low, low, low, low, low, low, low, low, high, high, high, high, high, high, high,
+                             high);
   }
   // The bits of a that are set in `mask`, and all others of b.
-  static SCARLET_INLINE I select(int mask, I a, I b) { return _mm512_ternarylogic_epi32(Simd::set1i(mask), a, b, 0xca); }
+  static SCARLET_INLINE I select(int mask, I a, I b) {
+    return _mm512_ternarylogic_epi32(Simd::set1i(mask), a, b, 0xca);
+  }
 };
 
 // --- K-quants ---------------------------------------------------------------------------------------
@@ -58,7 +63,9 @@ struct Q4_K : Plain {
   static SCARLET_INLINE F minimums(const uint8_t*, F scales) { return scales; }  // the upper eight
   static constexpr int kSumsFrom = 8;
   static SCARLET_INLINE I quants(const uint8_t* b, int v) { return load64(b + 16 + v / 2 * 64); }
-  static SCARLET_INLINE I plane(I q, int v, int k) { return k + v % 2 == 0 ? q : Simd::shr(q, 8 * k + v % 2 * 4); }
+  static SCARLET_INLINE I plane(I q, int v, int k) {
+    return k + v % 2 == 0 ? q : Simd::shr(q, 8 * k + v % 2 * 4);
+  }
   static SCARLET_INLINE F value(I plane) { return _mm512_permutexvar_ps(plane, iota()); }
   static constexpr int element(int v, int n) { return v / 2 * 128 + n / 32 * 64 + v % 2 * 32 + n % 32; }
   static constexpr int group(int v, int lane) { return element(v, 4 * lane) / 32; }
@@ -150,7 +157,8 @@ struct Q3_K : Q2_K {
   }
   static SCARLET_INLINE I plane(I q, int v, int k) { return Plain::plane(q, v, k); }
   static SCARLET_INLINE F value(I plane) {
-    return _mm512_permutexvar_ps(plane, _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3));
+    return _mm512_permutexvar_ps(plane,
+                                 _mm512_setr_ps(-4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3));
   }
 };
 
@@ -167,7 +175,9 @@ struct TQ2_0 : Q2_K {
 // --- sub-blocks of 32 whose nibbles are sixteen bytes of their own ----------------------------------
 
 struct Sixteens : Plain {
-  static SCARLET_INLINE I plane(I q, int v, int k) { return k + v % 2 == 0 ? q : Simd::shr(q, 8 * k + v % 2 * 4); }
+  static SCARLET_INLINE I plane(I q, int v, int k) {
+    return k + v % 2 == 0 ? q : Simd::shr(q, 8 * k + v % 2 * 4);
+  }
   static constexpr int element(int v, int n) { return v / 2 * 128 + n / 16 * 32 + v % 2 * 16 + n % 16; }
   static constexpr int group(int v, int lane) { return v / 2 * 4 + lane / 4; }
 };
@@ -195,7 +205,8 @@ struct Eight : Sixteens {
   }
   static SCARLET_INLINE I quants(const uint8_t* b, int v) {
     const int first = v / 2 * 4;
-    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(nibbles(b, first)), nibbles(b, first + 1), 1);
+    const __m256i low =
+        _mm256_inserti128_si256(_mm256_castsi128_si256(nibbles(b, first)), nibbles(b, first + 1), 1);
     const __m256i high =
         _mm256_inserti128_si256(_mm256_castsi128_si256(nibbles(b, first + 2)), nibbles(b, first + 3), 1);
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
@@ -273,10 +284,12 @@ struct Q5_1 : Eight<24> {
 
 struct MXFP4 : Eight<17> {
   static SCARLET_INLINE F scales(const uint8_t* b) {  // 2^(e - 128); the two smallest are subnormal
-    const I e = _mm512_castsi256_si512(_mm256_setr_epi32(b[0], b[17], b[34], b[51], b[68], b[85], b[102], b[119]));
+    const I e =
+        _mm512_castsi256_si512(_mm256_setr_epi32(b[0], b[17], b[34], b[51], b[68], b[85], b[102], b[119]));
     const I normal = Simd::shl(Simd::add(e, Simd::set1i(-1)), 23);
     const I subnormal = _mm512_sllv_epi32(Simd::set1i(0x00200000), e);
-    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, Simd::set1i(2)), normal, subnormal));
+    return _mm512_castsi512_ps(
+        _mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, Simd::set1i(2)), normal, subnormal));
   }
   static SCARLET_INLINE F value(I plane) { return Simd::lookup(codebooks.e2m1, plane); }
 };
@@ -288,8 +301,8 @@ struct TQ1_0 : Plain {
   static SCARLET_INLINE F scales(const uint8_t* b) { return Simd::set1(Simd::f16(b + 52)); }
   static constexpr int element(int v, int n) { return 64 * v + n; }
   static constexpr int group(int, int) { return 0; }
-  // A byte is a fraction of 256 in base three: three times it, modulo 256, brings the next digit to the front,
-  // and the digit in front is how many of 86 and 171 (a third and two, rounded up) the byte reaches.
+  // A byte is a fraction of 256 in base three: three times it, modulo 256, brings the next digit to the
+  // front, and the digit in front is how many of 86 and 171 (a third and two, rounded up) the byte reaches.
   static SCARLET_INLINE I quants(const uint8_t* b, int v) {
     if (v < 2) {
       __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
@@ -307,7 +320,8 @@ struct TQ1_0 : Plain {
     const __m128i last = thrice(_mm256_extracti128_si256(next, 1));
     const uint32_t x = read<uint32_t>(b + 48);  // 4 bytes: their four digits in turn
     const __m128i four = _mm_set_epi32(times(x, 27), times(x, 9), times(x, 3), x);
-    return digits(_mm512_inserti64x4(_mm512_castsi256_si512(next), _mm256_inserti128_si256(_mm256_castsi128_si256(last), four, 1), 1));
+    return digits(_mm512_inserti64x4(_mm512_castsi256_si512(next),
+                                     _mm256_inserti128_si256(_mm256_castsi128_si256(last), four, 1), 1));
   }
   static SCARLET_INLINE F value(I plane) { return minus_one(plane); }
 
@@ -321,7 +335,8 @@ struct TQ1_0 : Plain {
   static SCARLET_INLINE I digits(I x) {
     const I one = _mm512_set1_epi8(1);
     const I first = _mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(x, _mm512_set1_epi8(86)), one);
-    return _mm512_mask_add_epi8(first, _mm512_cmpge_epu8_mask(x, _mm512_set1_epi8(static_cast<char>(171))), first, one);
+    return _mm512_mask_add_epi8(first, _mm512_cmpge_epu8_mask(x, _mm512_set1_epi8(static_cast<char>(171))),
+                                first, one);
   }
   static SCARLET_INLINE F minus_one(I plane) {
     return _mm512_permutexvar_ps(plane, _mm512_setr_ps(-1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2, -1, 0, 1, 2));
@@ -331,16 +346,20 @@ struct TQ1_0 : Plain {
 struct Q1_0 : Plain {  // two blocks of 128: bit s of each word, and bit 16 + s in the upper lanes
   static constexpr int kBytes = 36;
   static SCARLET_INLINE F scales(const uint8_t* b) {
-    return _mm512_castps128_ps512(_mm_cvtph_ps(_mm_insert_epi16(_mm_cvtsi32_si128(read<uint16_t>(b)), read<uint16_t>(b + 18), 1)));
+    return _mm512_castps128_ps512(
+        _mm_cvtph_ps(_mm_insert_epi16(_mm_cvtsi32_si128(read<uint16_t>(b)), read<uint16_t>(b + 18), 1)));
   }
   static SCARLET_INLINE I quants(const uint8_t* b, int) {
     const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 2));
     const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 20));
     return _mm512_broadcast_i64x4(_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1));
   }
-  static SCARLET_INLINE I plane(I q, int v, int k) { return _mm512_srlv_epi32(q, halves(4 * v + k, 16 + 4 * v + k)); }
+  static SCARLET_INLINE I plane(I q, int v, int k) {
+    return _mm512_srlv_epi32(q, halves(4 * v + k, 16 + 4 * v + k));
+  }
   static SCARLET_INLINE F value(I plane) {
-    return _mm512_permutexvar_ps(plane, _mm512_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1));
+    return _mm512_permutexvar_ps(plane,
+                                 _mm512_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1));
   }
   static constexpr int element(int v, int n) { return n / 4 % 8 * 32 + n / 32 * 16 + 4 * v + n % 4; }
   static constexpr int group(int, int lane) { return lane % 8 / 4; }
@@ -372,14 +391,19 @@ struct NVFP4 : Plain {  // four blocks of 64
     const I magnitude = Simd::and_(x, Simd::set1i(0x7f));
     const F normal = _mm512_castsi512_ps(Simd::add(Simd::shl(magnitude, 20), Simd::set1i(119 << 23)));
     const F subnormal = Simd::mul(Simd::to_float(magnitude), Simd::set1(0x1p-10f));
-    const F value = _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(magnitude, Simd::set1i(8)), normal, subnormal);
+    const F value =
+        _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(magnitude, Simd::set1i(8)), normal, subnormal);
     return _mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(x, Simd::set1i(0x7f)), value);
   }
   static SCARLET_INLINE I quants(const uint8_t* b, int v) {
-    const auto block = [&](int i) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 36 * (v / 2 * 2 + i) + 4)); };
+    const auto block = [&](int i) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 36 * (v / 2 * 2 + i) + 4));
+    };
     return _mm512_inserti64x4(_mm512_castsi256_si512(block(0)), block(1), 1);
   }
-  static SCARLET_INLINE I plane(I q, int v, int k) { return k + v % 2 == 0 ? q : Simd::shr(q, 8 * k + v % 2 * 4); }
+  static SCARLET_INLINE I plane(I q, int v, int k) {
+    return k + v % 2 == 0 ? q : Simd::shr(q, 8 * k + v % 2 * 4);
+  }
   static SCARLET_INLINE F value(I plane) { return Simd::lookup(codebooks.e2m1, plane); }
   static constexpr int element(int v, int n) { return v / 2 * 128 + n / 8 * 16 + v % 2 * 8 + n % 8; }
   static constexpr int group(int v, int lane) { return v / 2 * 8 + lane / 2; }
@@ -450,7 +474,8 @@ struct IQ2_XXS : Grid<32> {
   static constexpr int kBytes = 66;
   static SCARLET_INLINE F scales(const uint8_t* b) {
     const __m256i codes = _mm512_cvtepi64_epi32(_mm512_srli_epi64(load64(b + 2), 60));
-    return Simd::mul(Simd::add(Simd::to_float(_mm512_castsi256_si512(codes)), Simd::set1(0.5f)), Simd::set1(Simd::f16(b) * 0.25f));
+    return Simd::mul(Simd::add(Simd::to_float(_mm512_castsi256_si512(codes)), Simd::set1(0.5f)),
+                     Simd::set1(Simd::f16(b) * 0.25f));
   }
   static SCARLET_INLINE I quants(const uint8_t* b, int v) {
     const uint8_t* p = b + 2 + 16 * v;
@@ -466,7 +491,8 @@ struct IQ2_XS : Grid<16> {
     const uint8_t* p = b + 2 + 16 * v;
     const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq2_xs[read<uint16_t>(p + 2 * i) & 511]; };
     const uint64_t codes = 0xfe00fe00fe00fe00ull;
-    return negated(rows_of_8(row), signs(_pext_u64(read<uint64_t>(p), codes), _pext_u64(read<uint64_t>(p + 8), codes)));
+    return negated(rows_of_8(row),
+                   signs(_pext_u64(read<uint64_t>(p), codes), _pext_u64(read<uint64_t>(p + 8), codes)));
   }
 };
 
@@ -486,7 +512,8 @@ struct IQ3_XXS : Grid<32> {
   static constexpr int kBytes = 98;
   static SCARLET_INLINE F scales(const uint8_t* b) {
     const __m256i codes = _mm256_srli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 66)), 28);
-    return Simd::mul(Simd::add(Simd::to_float(_mm512_castsi256_si512(codes)), Simd::set1(0.5f)), Simd::set1(Simd::f16(b) * 0.5f));
+    return Simd::mul(Simd::add(Simd::to_float(_mm512_castsi256_si512(codes)), Simd::set1(0.5f)),
+                     Simd::set1(Simd::f16(b) * 0.5f));
   }
   static SCARLET_INLINE I quants(const uint8_t* b, int v) {
     const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq3_xxs[b[2 + 16 * v + i]]; };
@@ -518,14 +545,17 @@ struct IQ1_S : Grid<32> {
   static constexpr uint64_t kThrees = 0x0700070007000700ull;
   static SCARLET_INLINE F scales(const uint8_t* b) {
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 34));
-    const I s = Simd::and_(Simd::shr(_mm512_castsi256_si512(_mm256_cvtepu16_epi32(words)), 11), Simd::set1i(14));
+    const I s =
+        Simd::and_(Simd::shr(_mm512_castsi256_si512(_mm256_cvtepu16_epi32(words)), 11), Simd::set1i(14));
     return Simd::mul(Simd::to_float(Simd::add(s, Simd::set1i(1))), Simd::set1(Simd::f16(b) * 0.125f));
   }
   static SCARLET_INLINE I quants(const uint8_t* b, int v) {
     const uint32_t first = read<uint16_t>(b + 34 + 4 * v), second = read<uint16_t>(b + 36 + 4 * v);
-    const uint64_t fours[2] = {indices(b + 2 + 8 * v, _pdep_u64(first, kThrees)), indices(b + 6 + 8 * v, _pdep_u64(second, kThrees))};
+    const uint64_t fours[2] = {indices(b + 2 + 8 * v, _pdep_u64(first, kThrees)),
+                               indices(b + 6 + 8 * v, _pdep_u64(second, kThrees))};
     const auto row = [&](int i) SCARLET_LAMBDA { return codebooks.iq1[index(fours, i)]; };
-    const uint64_t negative = (first & 0x8000 ? 0xffffffffull : 0) | (second & 0x8000 ? 0xffffffffull << 32 : 0);
+    const uint64_t negative =
+        (first & 0x8000 ? 0xffffffffull : 0) | (second & 0x8000 ? 0xffffffffull << 32 : 0);
     return with_delta(rows_of_8(row), negative);
   }
   static SCARLET_INLINE I with_delta(I grid, uint64_t negative) {
@@ -618,7 +648,8 @@ template <class T, int M>
 static SCARLET_INLINE void dot_block(const uint8_t* b, const float* const* x, F (&acc)[M][2]) {
   const F scales = T::scales(b);
   SCARLET_UNROLL for (int v = 0; v < 4; v++) {
-    const I q = Simd::kept(T::quants(b, v));  // reading it for each plane would mostly be across two cache lines
+    const I q =
+        Simd::kept(T::quants(b, v));  // reading it for each plane would mostly be across two cache lines
     const F factor = _mm512_permutexvar_ps(_mm512_load_si512(kOrder<T>.group[v]), scales);
     F sum[M];
     SCARLET_UNROLL for (int k = 0; k < 4; k++) {
@@ -661,7 +692,8 @@ static void multiply_group(const Product& p, int64_t row, int64_t rows) {
       const float* x[M];
       for (int m = 0; m < M; m++) x[m] = p.x[m < p.count ? m : p.count - 1] + from * kPrepared;
       F acc[M][2];
-      SCARLET_UNROLL for (int i = 0; i < 2 * M; i++) acc[i / 2][i % 2] = from ? set_aside[r][i / 2][i % 2] : Simd::zero();
+      SCARLET_UNROLL
+      for (int i = 0; i < 2 * M; i++) acc[i / 2][i % 2] = from ? set_aside[r][i / 2][i % 2] : Simd::zero();
       for (int64_t i = from; i < end; i++) {
         SCARLET_UNROLL for (int line = 0; line < T::kBytes; line += 64) Simd::prefetch(w[0] + kAhead + line);
         dot_block<T, M>(w[0], x, acc);
@@ -675,7 +707,8 @@ static void multiply_group(const Product& p, int64_t row, int64_t rows) {
       Sums<1, M> sums;
       SCARLET_UNROLL for (int i = 0; i < 2 * M; i++) sums.of[0][i / 2][i % 2] = acc[i / 2][i % 2];
       if constexpr (B::kElements < kElements) dot_rows<B, 1, M>(w, x, p.elements - blocks * kElements, sums);
-      SCARLET_UNROLL for (int m = 0; m < M; m++) p.y[m < p.count ? m : p.count - 1][row + r] = sums.total(0, m);
+      SCARLET_UNROLL
+      for (int m = 0; m < M; m++) p.y[m < p.count ? m : p.count - 1][row + r] = sums.total(0, m);
     }
     if (kStretch<M> == INT64_MAX) break;
   }
@@ -697,11 +730,12 @@ static void multiply_few(const Product& p, float*) {
 
 }  // namespace planar
 
-#define SCARLET_PLANAR(name, elements, bytes)                                                             \
-  template <>                                                                                             \
-  struct Few<Block<name, elements, bytes>> {                                                              \
-    static constexpr MultiplyFn kMultiply = planar::multiply_few<Block<name, elements, bytes>, planar::name>; \
-    static constexpr PrepareFn kPrepare = planar::prepare<planar::name>;                                  \
+#define SCARLET_PLANAR(name, elements, bytes)                             \
+  template <>                                                             \
+  struct Few<Block<name, elements, bytes>> {                              \
+    static constexpr MultiplyFn kMultiply =                               \
+        planar::multiply_few<Block<name, elements, bytes>, planar::name>; \
+    static constexpr PrepareFn kPrepare = planar::prepare<planar::name>;  \
   };
 SCARLET_PLANAR(Q4_K, 256, 144)
 SCARLET_PLANAR(Q5_K, 256, 176)

@@ -52,7 +52,8 @@ struct Sums {
   F of[R][M][kChains];
 
   SCARLET_INLINE Sums() {
-    SCARLET_UNROLL for (int i = 0; i < R * M * kChains; i++) of[i / (M * kChains)][i / kChains % M][i % kChains] = Simd::zero();
+    SCARLET_UNROLL for (int i = 0; i < R * M * kChains; i++)
+      of[i / (M * kChains)][i / kChains % M][i % kChains] = Simd::zero();
   }
 
   template <class B>
@@ -95,7 +96,8 @@ static SCARLET_INLINE void dot_rows(const uint8_t** w, const float** x, int64_t 
 
 // The same for the last elements of rows that end within a block.
 template <class B, int R, int M>
-static __attribute__((noinline)) void dot_tails(const uint8_t** w, const float** x, int64_t rest, Sums<R, M>& sums) {
+static __attribute__((noinline)) void dot_tails(const uint8_t** w, const float** x, int64_t rest,
+                                                Sums<R, M>& sums) {
   float padded_w[R][B::kElements], padded_x[M][B::kElements] = {};
   for (int r = 0; r < R; r++) decode_row<B>(Tail<B>(w[r], rest).block, padded_w[r], B::kElements);
   for (int m = 0; m < M; m++) std::memcpy(padded_x[m], x[m], rest * sizeof(float));
@@ -161,7 +163,8 @@ static_assert(kTileRows % kPanelRows == 0 && kPanelRows % Simd::kTileN == 0, "pa
 
 // The sums of M rows of x and N of w over `span` elements, added to what y holds unless it is the first.
 template <int M, int N>
-static SCARLET_INLINE void tile(const float* const* x, const float* w, int64_t span, float* const* y, bool first) {
+static SCARLET_INLINE void tile(const float* const* x, const float* w, int64_t span, float* const* y,
+                                bool first) {
   F acc[M][N];
   SCARLET_UNROLL for (int m = 0; m < M; m++) {
     SCARLET_UNROLL for (int n = 0; n < N; n++) acc[m][n] = Simd::zero();
@@ -182,7 +185,8 @@ static SCARLET_INLINE void tile(const float* const* x, const float* w, int64_t s
 }
 
 template <int M>
-static void panel(const float* const* x, const float* w, int64_t rows, int64_t span, float* const* y, bool first) {
+static void panel(const float* const* x, const float* w, int64_t rows, int64_t span, float* const* y,
+                  bool first) {
   int64_t n = 0;
   float* out[M];
   for (; n + Simd::kTileN <= rows; n += Simd::kTileN) {
@@ -301,4 +305,3 @@ static double fma_chain(int64_t iterations) {
   const double flops = 2.0 * 12 * W * static_cast<double>(iterations);
   return Simd::sum(acc[0]) > 0 ? flops : 0;  // uses the sum, so that the loop is not dropped
 }
-

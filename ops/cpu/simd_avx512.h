@@ -132,7 +132,8 @@ struct Simd {
     const F a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
     const F b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
     const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
-    const F low = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), high = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    const F low = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+            high = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
     return sum_of_quarters(_mm512_add_ps(low, high));
   }
   static SCARLET_INLINE __m128i load16(const uint8_t* p) {
