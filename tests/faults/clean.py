@@ -17,21 +17,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import models  # noqa: E402
-import numpy as np  # noqa: E402
+import models
+import numpy as np
 
-from scarlet_jax.tools import synth  # noqa: E402
-from scarlet_jax.tools.engines import llama_cpp, scarlet  # noqa: E402
-from scarlet_jax.tools.parity import Dump, compare  # noqa: E402
-from scarlet_jax.tools.parity.weights import ModelWeights  # noqa: E402
-from scarlet_jax.tools.taps import source  # noqa: E402
+from scarlet_jax.tools import synth
+from scarlet_jax.tools.engines import llama_cpp, scarlet
+from scarlet_jax.tools.parity import Dump, compare
+from scarlet_jax.tools.parity.weights import ModelWeights
+from scarlet_jax.tools.taps import source
 
 TYPES = (
-    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
-    "IQ1_S IQ1_M IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4 Q4_K_M Q5_K_M"
-).split()
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS"),
+    *("TQ1_0", "TQ2_0", "MXFP4", "Q4_K_M", "Q5_K_M"),
+)
 
 # The reference's settings: llama.cpp's caches, attentions and batches.
 LLAMA: dict[str, dict[str, Any]] = {
@@ -107,10 +108,8 @@ def main() -> None:
                 counts[report["verdict"]] += 1
                 if report["exit"]:
                     how = "with the file" if model else "dumps only"
-                    print(
-                        f"ALARM {qtype}, {name}, {how}: {report['verdict']} {report['first']} {report['cause']} {report['why']}",
-                        flush=True,
-                    )
+                    said = f"{report['verdict']} {report['first']} {report['cause']} {report['why']}"
+                    print(f"ALARM {qtype}, {name}, {how}: {said}", flush=True)
             print(f"{qtype}: {dict(counts)} after {time.time() - start:.0f} s", flush=True)
             path.unlink()
     print(f"{sum(counts.values())} clean pairs: {dict(counts)}")

@@ -9,21 +9,25 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import catalogue  # noqa: E402
-import numpy as np  # noqa: E402
-import oracle  # noqa: E402
-import tiny  # noqa: E402
+import models
+import numpy as np
+import oracle
+from faults import catalogue, misread, tiny
 
-from scarlet_jax.tools.parity import Dump, compare  # noqa: E402
-from scarlet_jax.tools.parity.weights import parse  # noqa: E402
+from scarlet_jax.tools import synth
+from scarlet_jax.tools.engines import llama_cpp
+from scarlet_jax.tools.parity import Dump, compare
+from scarlet_jax.tools.parity.weights import parse
 
 
 class InMemory(dict):
@@ -80,10 +84,49 @@ def outcomes(sizes: str, settings: tuple[str, ...], only: str = "") -> Iterator[
                 yield judge(fault, f"{size}/{setting}", report)
 
 
+def misread_outcomes(settings: tuple[str, ...], only: str = "") -> Iterator[Outcome]:
+    """Every wrong decoder, on a file of that type and on a stock mix, against llama.cpp on the same file."""
+    with tempfile.TemporaryDirectory() as folder:
+        for mistake in misread.MISREADS:
+            if only not in mistake.name and only not in mistake.qtype:
+                continue
+            for quant in (mistake.qtype, "Q4_K_M") if mistake.qtype == "Q5_K" else (mistake.qtype,):
+                yield from _misread(Path(folder), mistake, quant, settings)
+
+
+def _misread(
+    folder: Path, mistake: misread.Misread, quant: str, settings: tuple[str, ...]
+) -> Iterator[Outcome]:
+    path = folder / f"{quant}.gguf"
+    if not path.exists():
+        synth.write(path, models.PACKABLE, quant, seed=1)
+    tokens = np.random.default_rng(37).integers(0, models.PACKABLE.vocab_size, 37).tolist()
+    theirs, products, version = llama_cpp.taps(path, tokens)
+    reference = Dump(theirs, version, arch="qwen35", tokens=tokens, order=list(theirs), weights=products)
+    _, right = oracle.forward(misread.misread(oracle.load(path), mistake), tokens)
+    taps = {name: x.astype(np.float32) for name, x in right.items()}
+    ours = Dump(taps, "a wrong decoder", arch="qwen35", tokens=tokens, order=list(taps), weights=products)
+    first = next(tap for tap in theirs if products.get(tap, ("", ""))[1] == mistake.qtype)
+    op = first.rpartition("-")[0] or first
+    klass = {"model.input_embed": "embedding", "linear_attn_qkv_mixed": "ssm"}[op if "-" in first else first]
+    fault = catalogue.Fault(
+        f"{mistake.qtype} {mistake.name}",
+        "quant",
+        None,
+        (op if "-" in first else first,),
+        (klass,),
+        mistake.causes,
+    )
+    for setting in settings:
+        report = compare(ours, reference, model=path if setting == "model" else None)
+        yield judge(fault, f"{quant}/{setting}", report)
+
+
 def judge(fault: catalogue.Fault, setting: str, report: dict[str, Any]) -> Outcome:
     """Compare what was said with what was done."""
     first, cause = report["first"] or {}, report["cause"]
-    said = f"{report['verdict']} {first.get('tap')} {report['class']} {cause['name'] if cause else None} {report['why']}"
+    named = cause["name"] if cause else None
+    said = f"{report['verdict']} {first.get('tap')} {report['class']} {named} {report['why']}"
     return Outcome(
         fault.name,
         fault.group,
@@ -121,10 +164,13 @@ def main() -> None:
     )
     parser.add_argument("--sizes", default="abc")
     parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--quant", action="store_true", help="wrong decoders too, against llama.cpp")
     parser.add_argument("--settings", default="dumps,model")
     args = parser.parse_args()
     results, start = [], time.time()
-    for outcome in outcomes(args.sizes, tuple(args.settings.split(",")), args.only):
+    settings = tuple(args.settings.split(","))
+    quant = misread_outcomes(settings, args.only) if args.quant else ()
+    for outcome in itertools.chain(outcomes(args.sizes, settings, args.only), quant):
         results.append(outcome)
         wrong = [n for n in ("verdict", "first", "klass") if not getattr(outcome, n)]
         wrong += ["cause"] if outcome.cause is False else ["unnamed"] if outcome.cause is None else []

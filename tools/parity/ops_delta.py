@@ -17,7 +17,7 @@ linear("z", "ssm", "ssm", "attn_gate", "attn_norm")
 linear("alpha", "ssm", "ssm", "ssm_alpha", "attn_norm")
 linear("linear_attn_out", "ssm", "ssm", "ssm_out", "final_output")
 add("qkv_mixed_transposed", "ssm", "ssm", lambda v: v("linear_attn_qkv_mixed"), alias=True)
-for _name in ("state_predelta", "conv_states_reshaped"):
+for _name in ("state_predelta", "conv_states_reshaped", "conv_states"):
     add(_name, "ssm", "ssm", nothing, source=True)
 add(
     "beta",
@@ -76,6 +76,7 @@ add(
         "stale-state": lambda v: _padded(v)[: v.facts.conv_kernel - 1],
     },
 )
+add("conv_state_update", "ssm", "ssm", lambda v: _padded(v)[1 - v.facts.conv_kernel :], alias=True)
 add(
     "conv_output_raw",
     "ssm",
@@ -307,7 +308,7 @@ def _delta_variants(out: int) -> dict[str, Run]:
     def scaled(power: float) -> Run:
         return lambda v: delta(v, out=out, scale=v.facts.key_dim**power)
 
-    return {
+    variants = {
         "missing-scale": scaled(0.0),
         "double-scale": scaled(-1.0),
         "head-permutation": twist(other_heads=True),
@@ -342,6 +343,8 @@ def _delta_variants(out: int) -> dict[str, Run]:
         **({"state-transposed, as stored": lambda v: _transposed(delta(v, out=1))} if out else {}),
         **({"stale-state": lambda v: v.state("state_predelta", delta(v, out=1).shape)} if out else {}),
     }
+    read_out = ("missing-scale", "double-scale", "update-order", "update-order, before the decay")
+    return {label: run for label, run in variants.items() if not out or label not in read_out}
 
 
 class _Renamed:

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "faults"))
-
-import catalogue
-import run
-import tiny
+from faults import catalogue, run, tiny
 
 from scarlet_jax.tools.parity import Dump
 

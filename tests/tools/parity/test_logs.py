@@ -1,0 +1,141 @@
+"""Text logs: what llama.cpp's callback prints is read back with its gaps and its rounding."""
+
+import numpy as np
+import pytest
+from faults import run
+from faults.cases import changed, faulty, model, ours, reference
+
+from scarlet_jax.errors import BadInput
+from scarlet_jax.tools.parity import compare
+from scarlet_jax.tools.parity.logs import RESOLUTION, Sampled, read_log
+from scarlet_jax.tools.parity.readers import read
+
+
+def printed(name, array, prefix="common_debug_cb_eval:", indent=(4, 8, 12), elision="..., "):
+    """One tensor as common_debug_print_tensor writes it: first and last three of axes longer than six."""
+    array = np.asarray(array)
+    ne = [*array.shape[::-1], 1, 1, 1, 1][:4]
+    values = array.reshape(ne[::-1])
+    head = f"{prefix} {name:>24} = (f32)    MUL_MAT(blk.0.w.weight{{{ne[0]}, 7, 1, 1}}, x{{1, 2, 1, 1}}}}) = "
+    lines = [head + "{" + ", ".join(map(str, ne)) + "}"]
+
+    def shown(n):
+        return list(range(n)) if n <= 6 else [0, 1, 2, None, n - 3, n - 2, n - 1]
+
+    for i3 in range(ne[3]):
+        lines.append(" " * indent[0] + "[")
+        for i2 in shown(ne[2]):
+            if i2 is None:
+                lines.append(" " * indent[1] + elision)
+                continue
+            lines.append(" " * indent[1] + "[")
+            for i1 in shown(ne[1]):
+                if i1 is None:
+                    lines.append(" " * indent[2] + elision)
+                    continue
+                row = ["..." if i0 is None else f"{values[i3, i2, i1, i0]:12.4f}" for i0 in shown(ne[0])]
+                lines.append(" " * indent[2] + "[" + ", ".join(row) + "],")
+            lines.append(" " * indent[1] + "],")
+        lines.append(" " * indent[0] + "]")
+        lines.append(" " * indent[0] + f"sum = {values.sum():f}")
+    return "\n".join(lines)
+
+
+def as_logged(name, x):
+    """A tap in llama.cpp's own order of axes."""
+    op = name.rpartition("-")[0]
+    if op in ("kq", "kq_soft_max", "kqv"):
+        return x.transpose(1, 0, 2)
+    time_last = (
+        "qkv_mixed_transposed",
+        "conv_input",
+        "conv_states",
+        "conv_states_reshaped",
+        "conv_state_last",
+        "conv_state_update",
+    )
+    return x.T if op in time_last else x
+
+
+def log(dump, **style):
+    head = ["build: 4242 (abc1234)", f"number of input tokens = {len(dump.tokens)}"]
+    head += [f"  {token}" for token in dump.tokens]
+    return "\n".join(head + [printed(name, as_logged(name, dump[name]), **style) for name in dump])
+
+
+MAINLINE = {}
+IK = {"prefix": "ggml_debug:", "indent": (37, 38, 39)}
+
+
+@pytest.mark.parametrize("style", [MAINLINE, IK])
+def test_values_places_and_tokens(style):
+    dump = read_log(log(reference(), **style), "log")
+    assert list(dump.tokens) == list(reference().tokens)
+    assert dump.resolution == RESOLUTION
+    some = 0
+    for name in dump:
+        value, truth = dump[name], np.asarray(reference()[name])
+        mine = value.of(truth) if isinstance(value, Sampled) else truth.reshape(value.shape)
+        theirs = value.values if isinstance(value, Sampled) else value
+        assert np.abs(mine - theirs).max() <= RESOLUTION * 1.01, name
+        some += isinstance(value, Sampled)
+    assert some > 50
+
+
+def test_a_clean_pair_is_no_fault(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text(log(reference()))
+    assert compare(ours(), read(path))["exit"] == 0
+    assert compare(ours(), read(path), model=run.InMemory(model()))["exit"] == 0
+    assert compare(read(path), read(path))["verdict"] == "clean"
+
+
+@pytest.mark.parametrize("fault", ["conv-silu-missing", "kv-heads-tiled", "norm-offset-missing"])
+def test_a_fault_shows_against_a_log(fault):
+    wrong, right = faulty(fault)
+    report = compare(wrong, read_log(log(right), "log"), model=run.InMemory(model()))
+    assert report["exit"] == 1
+    expected = {
+        "conv-silu-missing": "conv_output_silu-0",
+        "kv-heads-tiled": "kq-2",
+        "norm-offset-missing": "attn_norm-0",
+    }
+    assert report["first"]["tap"] == expected[fault]
+
+
+def test_below_the_resolution_there_is_no_verdict():
+    faint = [read_log(log(changed(d, lambda n, x: x * 1e-4)), "log") for d in (ours(), reference())]
+    report = compare(*faint)
+    assert (report["verdict"], report["exit"]) == ("inconclusive", 3)
+    assert "rounded" in report["why"]
+
+
+def test_a_cut_log_gives_what_it_holds():
+    text = log(reference())
+    dump = read_log(text[: len(text) // 2], "log")
+    assert 20 < len(dump) < len(reference())
+    assert any("cut short" in note for note in dump.notes)
+    assert compare(ours(), dump)["exit"] == 0
+
+
+def test_repeated_passes_keep_the_last():
+    once = log(changed(reference(), lambda n, x: x * 0 if n == "l_out-0" else x))
+    dump = read_log(once + "\n" + log(reference()), "log")
+    value = dump["l_out-0"]
+    assert np.abs(value.values).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "hello\nworld", "common_debug_cb_eval: x = (f32) ADD(a{1}, b{1}}) = {4, 1, 1, 1}\n"]
+)
+def test_no_tensor_in_it(tmp_path, text):
+    path = tmp_path / "log.txt"
+    path.write_text(text)
+    with pytest.raises(BadInput, match="log.txt"):
+        read(path)
+
+
+def test_nan_in_a_log():
+    broken = changed(reference(), lambda n, x: x * np.nan if n == "ffn_up-1" else x)
+    dump = read_log(log(broken), "log")
+    assert np.isnan(dump["ffn_up-1"].values).all()
