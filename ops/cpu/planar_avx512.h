@@ -643,87 +643,119 @@ static SCARLET_INLINE auto floats(I q, int v, int k) -> decltype(T::value(T::pla
   return T::value(T::plane(q, v, k));
 }
 
-// One row of weights times M rows of prepared x: adds to each row's two chains of sums.
-template <class T, int M>
-static SCARLET_INLINE void dot_block(const uint8_t* b, const float* const* x, F (&acc)[M][2]) {
-  const F scales = T::scales(b);
+// What lies in the same place in the rows that follow, or a little beyond the last.
+template <class T>
+static SCARLET_INLINE void prefetch_block(const uint8_t* b) {
+  SCARLET_UNROLL for (int line = 0; line < T::kBytes; line += 64) Simd::prefetch(b + line);
+}
+
+// A block of R rows of weights times M rows of prepared x: adds to their sums.
+template <class T, int R, int M>
+static SCARLET_INLINE void dot_blocks(const uint8_t* const* b, const float* const* x, Sums<R, M>& sums) {
+  F scales[R];
+  SCARLET_UNROLL for (int r = 0; r < R; r++) scales[r] = T::scales(b[r]);
   SCARLET_UNROLL for (int v = 0; v < 4; v++) {
-    const I q =
-        Simd::kept(T::quants(b, v));  // reading it for each plane would mostly be across two cache lines
-    const F factor = _mm512_permutexvar_ps(_mm512_load_si512(kOrder<T>.group[v]), scales);
-    F sum[M];
+    I q[R];
+    F sum[R][M];
+    // To read q again for each plane would mostly be across two cache lines.
+    SCARLET_UNROLL for (int r = 0; r < R; r++) q[r] = Simd::kept(T::quants(b[r], v));
     SCARLET_UNROLL for (int k = 0; k < 4; k++) {
-      const F value = floats<T>(q, v, k);
-      SCARLET_UNROLL for (int m = 0; m < M; m++) {
-        const F at = Simd::load(x[m] + (4 * v + k) * 16);
-        sum[m] = k == 0 ? Simd::mul(value, at) : Simd::fma(value, at, sum[m]);
+      F at[M];
+      SCARLET_UNROLL for (int m = 0; m < M; m++) at[m] = Simd::load(x[m] + (4 * v + k) * 16);
+      SCARLET_UNROLL for (int r = 0; r < R; r++) {
+        const F value = floats<T>(q[r], v, k);
+        SCARLET_UNROLL for (int m = 0; m < M; m++) {
+          sum[r][m] = k == 0 ? Simd::mul(value, at[m]) : Simd::fma(value, at[m], sum[r][m]);
+        }
       }
     }
-    SCARLET_UNROLL for (int m = 0; m < M; m++) acc[m][v % 2] = Simd::fma(factor, sum[m], acc[m][v % 2]);
+    SCARLET_UNROLL for (int r = 0; r < R; r++) {
+      const F factor = _mm512_permutexvar_ps(_mm512_load_si512(kOrder<T>.group[v]), scales[r]);
+      SCARLET_UNROLL for (int m = 0; m < M; m++) {
+        sums.of[r][m][v % 2] = Simd::fma(factor, sum[r][m], sums.of[r][m][v % 2]);
+      }
+    }
   }
   if constexpr (T::kSumBy != 0) {
-    const F minimums = T::minimums(b, scales);
-    SCARLET_UNROLL for (int m = 0; m < M; m++) {
-      acc[m][0] = Simd::fma(minimums, Simd::load(x[m] + kElements), acc[m][0]);
+    SCARLET_UNROLL for (int r = 0; r < R; r++) {
+      const F minimums = T::minimums(b[r], scales[r]);
+      SCARLET_UNROLL for (int m = 0; m < M; m++) {
+        sums.of[r][m][0] = Simd::fma(minimums, Simd::load(x[m] + kElements), sums.of[r][m][0]);
+      }
     }
   }
 }
 
-// Bytes from the block being multiplied to those being asked for: rows follow one another in memory.
-constexpr int kAhead = 4096;
+// One row of x times kAbreast rows of weights at a time, since reading x is a good part of all reading.
+constexpr int kAbreast = 4;
+
+template <class B, class T>
+static void multiply_one(const Product& p) {
+  const int64_t stride = p.elements * B::kBytes / B::kElements;
+  const int64_t blocks = p.elements / kElements;
+  for (int64_t row = 0; row < p.rows; row += kAbreast) {
+    const auto nth = [&](int r) { return row + r < p.rows ? row + r : p.rows - 1; };  // as in multiply_rows
+    const uint8_t* w[kAbreast];
+    for (int r = 0; r < kAbreast; r++) w[r] = p.w + nth(r) * stride;
+    const float* x[1] = {p.x[0]};
+    Sums<kAbreast, 1> sums;
+    for (int64_t i = 0; i < blocks; i++) {
+      for (int r = 0; r < kAbreast; r++) prefetch_block<T>(w[r] + kAbreast * stride);
+      dot_blocks<T>(w, x, sums);
+      SCARLET_UNROLL for (int r = 0; r < kAbreast; r++) w[r] += T::kBytes;
+      x[0] += kPrepared;
+    }
+    if constexpr (B::kElements < kElements) {
+      dot_rows<B, kAbreast, 1>(w, x, p.elements - blocks * kElements, sums);
+    }
+    SCARLET_UNROLL for (int r = 0; r < kAbreast; r++) p.y[0][nth(r)] = sums.total(r, 0);
+  }
+}
 
 // Several rows of x may not fit in the first level of cache whole. Then a stretch of them that does (28 KiB)
 // is multiplied by kGroup rows of weights before the next one, with the rows' sums set aside meanwhile: the
 // same additions in the same order.
 template <int M>
-static constexpr int64_t kStretch = M == 1 ? INT64_MAX : 28 * 1024 / (M * kPrepared * 4);
-template <int M>
-static constexpr int kGroup = M == 1 ? 1 : 16;
+static constexpr int64_t kStretch = 28 * 1024 / (M * kPrepared * 4);
+constexpr int kGroup = 16;
 
 template <class B, class T, int M>
 static void multiply_group(const Product& p, int64_t row, int64_t rows) {
   const int64_t stride = p.elements * B::kBytes / B::kElements;
   const int64_t blocks = p.elements / kElements;
-  F set_aside[kGroup<M>][M][2];
+  const auto nth = [&](int m) { return m < p.count ? m : p.count - 1; };  // as in multiply_rows
+  Sums<1, M> sums[kGroup];
   for (int64_t from = 0; from == 0 || from < blocks; from += kStretch<M>) {
     const int64_t end = blocks - from < kStretch<M> ? blocks : from + kStretch<M>;
     for (int64_t r = 0; r < rows; r++) {
       const uint8_t* w[1] = {p.w + (row + r) * stride + from * T::kBytes};
       const float* x[M];
-      for (int m = 0; m < M; m++) x[m] = p.x[m < p.count ? m : p.count - 1] + from * kPrepared;
-      F acc[M][2];
-      SCARLET_UNROLL
-      for (int i = 0; i < 2 * M; i++) acc[i / 2][i % 2] = from ? set_aside[r][i / 2][i % 2] : Simd::zero();
+      for (int m = 0; m < M; m++) x[m] = p.x[nth(m)] + from * kPrepared;
+      Sums<1, M> own = sums[r];
       for (int64_t i = from; i < end; i++) {
-        SCARLET_UNROLL for (int line = 0; line < T::kBytes; line += 64) Simd::prefetch(w[0] + kAhead + line);
-        dot_block<T, M>(w[0], x, acc);
+        prefetch_block<T>(w[0] + stride);
+        dot_blocks<T>(w, x, own);
         w[0] += T::kBytes;
         SCARLET_UNROLL for (int m = 0; m < M; m++) x[m] += kPrepared;
       }
-      if (end < blocks) {
-        SCARLET_UNROLL for (int i = 0; i < 2 * M; i++) set_aside[r][i / 2][i % 2] = acc[i / 2][i % 2];
-        continue;
-      }
-      Sums<1, M> sums;
-      SCARLET_UNROLL for (int i = 0; i < 2 * M; i++) sums.of[0][i / 2][i % 2] = acc[i / 2][i % 2];
-      if constexpr (B::kElements < kElements) dot_rows<B, 1, M>(w, x, p.elements - blocks * kElements, sums);
-      SCARLET_UNROLL
-      for (int m = 0; m < M; m++) p.y[m < p.count ? m : p.count - 1][row + r] = sums.total(0, m);
+      sums[r] = own;
+      if (end < blocks) continue;
+      if constexpr (B::kElements < kElements) dot_rows<B, 1, M>(w, x, p.elements - end * kElements, own);
+      SCARLET_UNROLL for (int m = 0; m < M; m++) p.y[nth(m)][row + r] = own.total(0, m);
     }
-    if (kStretch<M> == INT64_MAX) break;
   }
 }
 
 template <class B, class T, int M>
 static void multiply_rows(const Product& p) {
-  for (int64_t row = 0; row < p.rows; row += kGroup<M>) {
-    multiply_group<B, T, M>(p, row, p.rows - row < kGroup<M> ? p.rows - row : kGroup<M>);
+  for (int64_t row = 0; row < p.rows; row += kGroup) {
+    multiply_group<B, T, M>(p, row, p.rows - row < kGroup ? p.rows - row : kGroup);
   }
 }
 
 template <class B, class T>
 static void multiply_few(const Product& p, float*) {
-  if (p.count == 1) return multiply_rows<B, T, 1>(p);
+  if (p.count == 1) return multiply_one<B, T>(p);
   if (p.count == 2) return multiply_rows<B, T, 2>(p);
   multiply_rows<B, T, 4>(p);
 }
