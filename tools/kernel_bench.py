@@ -2,6 +2,9 @@
 
     scarlet kernel-bench --types Q4_K,Q6_K --rows 1,4,512
 
+`error` is the relative L2 distance of some rows from their products in float64: of the exact kernels, and
+with --fast of the fast mode where it covers the format.
+
 Every figure is the median of repetitions that alternate with two probes of the machine, taken by the same
 threads: reading memory once (GB/s), the roof of few rows, and fused multiply-adds in registers (GFLOP/s),
 the roof of many. `of roof` compares with the nearer of the two.
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--types", default="all", help="block formats, comma separated (default: all)")
     parser.add_argument("--rows", default="1,4,512", help="rows of activations (default: 1,4,512)")
     parser.add_argument("--isa", default="", help="avx512, avx2 or generic (default: the best one here)")
+    parser.add_argument("--fast", action="store_true", help="many rows: activations of 16 bits")
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("--repeat", type=int, default=7, help="repetitions (default: 7)")
     common.add_json_argument(parser)
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int | None:
     cases = [(qtype, count) for qtype in types for count in counts]
     console = Console(stderr=True)
     steps = track(cases, "measuring", console=console, transient=True, disable=not sys.stderr.isatty())
-    results = [measure(qtype, count, args.repeat) for qtype, count in steps]
+    results = [measure(qtype, count, args.repeat, fast=args.fast) for qtype, count in steps]
     if args.json:
         common.write_json(args.json, {"isa": cpu.isa(), "threads": cpu.threads(), "results": results})
     if args.json != "-":
@@ -68,11 +72,11 @@ def run(args: argparse.Namespace) -> int | None:
     return None
 
 
-def measure(qtype: str, count: int, repeat: int) -> dict:
+def measure(qtype: str, count: int, repeat: int, *, fast: bool = False) -> dict:
     """Time `count` rows of activations times a matrix of `qtype`, beside the two probes."""
     w = QTensor(jax.device_put(_random_rows(qtype, count)), qtype)
     x = jax.device_put(np.random.default_rng(1).standard_normal((count, COLUMNS)).astype(np.float32))
-    product = jax.jit(cpu.qmatmul)
+    product = jax.jit(lambda x, w: cpu.qmatmul(x, w, fast=fast))
     library = cpu._library()
     probe = np.ones(BYTES_FOR_FEW_ROWS, np.uint8)
     iterations = 2_000_000
@@ -91,12 +95,20 @@ def measure(qtype: str, count: int, repeat: int) -> dict:
         "gigaflops": 2 * count * out * COLUMNS / seconds[0] / 1e9,
         "read_bandwidth": probe.nbytes / seconds[1] / 1e9,
         "fma_peak": flops / seconds[2] / 1e9,
+        "error": _error(product(x, w), x, w),
     }
     roofs = (
         result["gigabytes_per_second"] / result["read_bandwidth"],
         result["gigaflops"] / result["fma_peak"],
     )
     return result | {"roofline_fraction": max(roofs)}
+
+
+def _error(y: jax.Array, x: jax.Array, w: QTensor) -> float:
+    """Relative L2 distance of the first 64 columns of y from float64."""
+    rows = np.asarray(cpu.decode(w.blocks[:64], w.qtype), np.float64)
+    expected = np.asarray(x, np.float64) @ rows.T
+    return float(np.linalg.norm(np.asarray(y[:, : len(rows)]) - expected) / np.linalg.norm(expected))
 
 
 def alternate(jobs: list[Callable[[], object]], repeat: int) -> list[float]:
@@ -122,7 +134,7 @@ def _random_rows(qtype: str, count: int) -> np.ndarray:
 
 def _table(results: list[dict]) -> Table:
     table = Table(title=f"{cpu.isa()}, {cpu.threads()} threads")
-    for heading in ("type", "rows", "GB/s", "GFLOP/s", "read GB/s", "FMA GFLOP/s", "of roof"):
+    for heading in ("type", "rows", "GB/s", "GFLOP/s", "read GB/s", "FMA GFLOP/s", "of roof", "error"):
         table.add_column(heading, justify="left" if heading == "type" else "right")
     for r in results:
         table.add_row(
@@ -133,5 +145,6 @@ def _table(results: list[dict]) -> Table:
             f"{r['read_bandwidth']:.1f}",
             f"{r['fma_peak']:.0f}",
             f"{r['roofline_fraction']:.0%}",
+            f"{r['error']:.1e}",
         )
     return table
