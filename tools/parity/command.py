@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     dumps = [names.rename(read(path), args.map) for path in (args.ours, args.reference)]
     comparison = Comparison(dumps[0], dumps[1], weights)
     report = comparison.report()
-    _write(args, report, comparison)
+    _write(args, report, _page(args, report, comparison))
     terminal.show(report, console)
     return report["exit"]
 
@@ -70,7 +70,7 @@ def _against(args: argparse.Namespace, console: Console) -> int:
         raise BadInput(
             f"{args.reference}: --against runs both engines; expected one model and no second dump"
         )
-    worst, worst_comparison, all_reports = None, None, []
+    worst, worst_page, all_reports = None, "", []
     for case in against.cases(args.ours, args.against, prompt=args.prompt, tokens=args.tokens, lib=args.lib):
         comparison = case.compare()
         report = comparison.report() | {"case": case.name}
@@ -79,25 +79,32 @@ def _against(args: argparse.Namespace, console: Console) -> int:
             f"{case.name}: [{terminal.COLOURS[report['verdict']]}]{report['verdict']}[/]", highlight=False
         )
         if worst is None or against.worse(report, worst):
-            worst, worst_comparison = report, comparison
+            worst, worst_page = (
+                report,
+                _page(args, report, comparison),
+            )  # now: the dumps do not outlive the set
     assert worst is not None
-    assert worst_comparison is not None
     report = worst | {
         "cases": [{k: r[k] for k in ("case", "verdict", "exit", "first", "cause")} for r in all_reports]
     }
-    _write(args, report, worst_comparison)
+    _write(args, report, worst_page)
     terminal.show(report, console)
     return report["exit"]
 
 
-def _write(args: argparse.Namespace, report: Mapping[str, Any], comparison: Comparison) -> None:
+def _page(args: argparse.Namespace, report: Mapping[str, Any], comparison: Comparison) -> str:
+    """The HTML page, if one is asked for: it looks into both dumps."""
+    return page.render(report, comparison) if args.html else ""
+
+
+def _write(args: argparse.Namespace, report: Mapping[str, Any], html: str) -> None:
     if args.json == "-":
         json.dump(report, sys.stdout)
         print()
     elif args.json:
         write_text(args.json, json.dumps(report, indent=1))
     if args.html:
-        write_text(args.html, page.render(report, comparison))
+        write_text(args.html, html)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
