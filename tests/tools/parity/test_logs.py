@@ -131,7 +131,7 @@ def test_repeated_passes_keep_the_last():
 def test_no_tensor_in_it(tmp_path, text):
     path = tmp_path / "log.txt"
     path.write_text(text)
-    with pytest.raises(BadInput, match="log.txt"):
+    with pytest.raises(BadInput, match=r"log\.txt"):
         read(path)
 
 
