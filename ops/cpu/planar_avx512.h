@@ -18,6 +18,9 @@ namespace planar {
 // lane. kSumOf elements make up each sum that a minimum multiplies, times kSumBy (0: there is none).
 struct Plain {
   static constexpr int kSumOf = 32, kSumBy = 0;
+  // Rows of weights that are multiplied at a time. One, a single stream, suits what waits for memory;
+  // several, which share the reading of x, what computes for long.
+  static constexpr int kAbreast = 1;
   static SCARLET_INLINE F minimums(const uint8_t*, F) { return Simd::zero(); }
   static SCARLET_INLINE I plane(I q, int, int k) { return k == 0 ? q : Simd::shr(q, 8 * k); }
 
@@ -414,6 +417,7 @@ struct NVFP4 : Plain {  // four blocks of 64
 // Eight grid rows of eight (or sixteen of four) are a vector of 64 elements in order, as signed bytes.
 template <int of>
 struct Grid : Plain {
+  static constexpr int kAbreast = 4;
   static SCARLET_INLINE I plane(I q, int, int k) {  // sign-extended
     return _mm512_srai_epi32(k == 3 ? q : Simd::shl(q, 24 - 8 * k), 24);
   }
@@ -643,10 +647,12 @@ static SCARLET_INLINE auto floats(I q, int v, int k) -> decltype(T::value(T::pla
   return T::value(T::plane(q, v, k));
 }
 
-// What lies in the same place in the rows that follow, or a little beyond the last.
+// Asks for a block of weights that will be wanted: into the second level, the first being x's.
 template <class T>
 static SCARLET_INLINE void prefetch_block(const uint8_t* b) {
-  SCARLET_UNROLL for (int line = 0; line < T::kBytes; line += 64) Simd::prefetch(b + line);
+  SCARLET_UNROLL for (int line = 0; line < T::kBytes; line += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(b + line), _MM_HINT_T1);
+  }
 }
 
 // A block of R rows of weights times M rows of prepared x: adds to their sums.
@@ -686,29 +692,31 @@ static SCARLET_INLINE void dot_blocks(const uint8_t* const* b, const float* cons
   }
 }
 
-// One row of x times kAbreast rows of weights at a time, since reading x is a good part of all reading.
-constexpr int kAbreast = 4;
+// Bytes from the block being multiplied to the one being asked for: rows follow one another in memory.
+constexpr int kAhead = 8192;
 
+// One row of x times T::kAbreast rows of weights at a time.
 template <class B, class T>
 static void multiply_one(const Product& p) {
+  constexpr int R = T::kAbreast;
   const int64_t stride = p.elements * B::kBytes / B::kElements;
   const int64_t blocks = p.elements / kElements;
-  for (int64_t row = 0; row < p.rows; row += kAbreast) {
+  for (int64_t row = 0; row < p.rows; row += R) {
     const auto nth = [&](int r) { return row + r < p.rows ? row + r : p.rows - 1; };  // as in multiply_rows
-    const uint8_t* w[kAbreast];
-    for (int r = 0; r < kAbreast; r++) w[r] = p.w + nth(r) * stride;
+    const uint8_t* w[R];
+    for (int r = 0; r < R; r++) w[r] = p.w + nth(r) * stride;
     const float* x[1] = {p.x[0]};
-    Sums<kAbreast, 1> sums;
+    Sums<R, 1> sums;
     for (int64_t i = 0; i < blocks; i++) {
-      for (int r = 0; r < kAbreast; r++) prefetch_block<T>(w[r] + kAbreast * stride);
+      for (int r = 0; r < R; r++) prefetch_block<T>(w[r] + kAhead);
       dot_blocks<T>(w, x, sums);
-      SCARLET_UNROLL for (int r = 0; r < kAbreast; r++) w[r] += T::kBytes;
+      SCARLET_UNROLL for (int r = 0; r < R; r++) w[r] += T::kBytes;
       x[0] += kPrepared;
     }
     if constexpr (B::kElements < kElements) {
-      dot_rows<B, kAbreast, 1>(w, x, p.elements - blocks * kElements, sums);
+      dot_rows<B, R, 1>(w, x, p.elements - blocks * kElements, sums);
     }
-    SCARLET_UNROLL for (int r = 0; r < kAbreast; r++) p.y[0][nth(r)] = sums.total(r, 0);
+    SCARLET_UNROLL for (int r = 0; r < R; r++) p.y[0][nth(r)] = sums.total(r, 0);
   }
 }
 
