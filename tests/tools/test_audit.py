@@ -1,0 +1,61 @@
+"""`scarlet audit`: silent on right decoders, and finds a wrong one even where the model does not use its type."""
+
+import json
+
+import models
+import pytest
+
+from scarlet_jax.ops import quants
+from scarlet_jax.tools import audit
+from scarlet_jax.tools.cli import main
+
+
+@pytest.fixture
+def record(tmp_path):
+    return tmp_path / "verified.json"
+
+
+def wrong_high_bit(monkeypatch):
+    """The origin fault: both nibbles of a byte take the same high bit."""
+    right = quants.DECODERS["Q5_K"]
+
+    def q5_k(blocks):
+        qh = blocks[:, 16:48]
+        even = qh & 0x55
+        return right(blocks.at[:, 16:48].set(even | (even << 1)))
+
+    monkeypatch.setitem(quants.DECODERS, "Q5_K", q5_k)
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q6_K"])
+def test_right_decoders(quant, record, capsys):
+    path = models.path(models.PACKABLE, quant)
+    assert main(["audit", str(path), "--record", str(record)]) == 0
+    out = capsys.readouterr().out
+    assert "right" in out
+    assert "attn_qkv" in out
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q6_K"])
+def test_a_wrong_decoder_is_found_whether_the_model_uses_it_or_not(quant, record, monkeypatch):
+    wrong_high_bit(monkeypatch)
+    report = audit.audit(models.path(models.PACKABLE, quant), record)
+    assert {f["qtype"] for f in report["findings"]} == {"Q5_K"}
+    in_tensors = [f for f in report["findings"] if f["where"].startswith("blk.")]
+    assert bool(in_tensors) == (quant == "Q4_K_M")
+    assert not any("Q5_K" in key for key in json.loads(record.read_text()))
+
+
+def test_coverage_remembers_other_models(record):
+    audit.audit(models.path(models.PACKABLE, "Q6_K"), record)
+    report = audit.audit(models.path(models.PACKABLE, "Q4_K_M"), record)
+    pairs = {(c["role"], c["qtype"]): c["verified"] for c in report["coverage"]}
+    assert pairs["attn_qkv", "Q5_K"] is True
+    assert ["attn_qkv", "Q6_K"] in report["verified_elsewhere"]
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF and no more")
+    assert main(["audit", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
