@@ -30,6 +30,9 @@ COMMANDS = {
     "parity": Command("scarlet_jax.tools.parity.command", "name the operation that two engines disagree on"),
     "audit": Command("scarlet_jax.tools.audit", "decode every tensor twice, and say what was ever verified"),
     "bench": Command("scarlet_jax.tools.bench", "how fast a model runs, beside llama.cpp on the same file"),
+    "kernel-bench": Command(
+        "scarlet_jax.tools.kernel_bench", "how fast each kernel is, by block format and rows"
+    ),
     "synth": Command("scarlet_jax.tools.synth", "make a random model of a real shape"),
 }
 
