@@ -122,6 +122,31 @@ def _misread(
         yield judge(fault, f"{quant}/{setting}", report)
 
 
+SIZES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
+PLACES = ("linear_attn_out", "conv_output_silu", "attn_gated", "ffn_swiglu", "l_out")
+
+
+def sensitivity(settings: tuple[str, ...]) -> str:
+    """Fault size against detection: one tap of one layer times 1 + size, in engines that compute in f32."""
+    model = tiny.make("a", 1)
+    tokens = np.random.default_rng(4).integers(0, tiny.SIZES["a"]["V"], 40)
+    reference = dump(model, tokens, noise=1)
+    lines = [f"{'one tap times 1 + size':24}" + "".join(f"{size:>9.0e}" for size in SIZES)]
+    for setting, place in itertools.product(settings, PLACES):
+        layer = 2 if place == "attn_gated" else 1
+        cells = []
+        for size in SIZES:
+            with catalogue.tap(f"{place}-{layer}", lambda x, _get, size=size: x * (1 + size))(
+                model
+            ) as broken:
+                ours = dump(broken, tokens, noise=2)
+            report = compare(ours, reference, model=InMemory(model) if setting == "model" else None)
+            found = report["first"] is not None and report["first"]["tap"] == f"{place}-{layer}"
+            cells.append("found" if found else "wrong" if report["exit"] else "-")
+        lines.append(f"{place + ', ' + setting:24}" + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join(lines)
+
+
 def judge(fault: catalogue.Fault, setting: str, report: dict[str, Any]) -> Outcome:
     """Compare what was said with what was done."""
     first, cause = report["first"] or {}, report["cause"]
@@ -166,7 +191,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="faults whose name contains this")
     parser.add_argument("--quant", action="store_true", help="wrong decoders too, against llama.cpp")
     parser.add_argument("--settings", default="dumps,model")
+    parser.add_argument(
+        "--sensitivity", action="store_true", help="fault size against detection, and no more"
+    )
     args = parser.parse_args()
+    if args.sensitivity:
+        print(sensitivity(tuple(args.settings.split(","))))
+        return
     results, start = [], time.time()
     settings = tuple(args.settings.split(","))
     quant = misread_outcomes(settings, args.only) if args.quant else ()
