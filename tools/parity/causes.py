@@ -10,7 +10,7 @@ share leaves little to chance; otherwise the cause stays unknown.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -212,8 +212,3 @@ def _inner_variants(case: Case) -> list[Hypothesis]:
                 text = f"re-run with {op.name} as '{label}': {explained:.2%} explained"
                 found.append(Hypothesis(label.split(",")[0].split("=")[0], explained, text, "variant", 1, op))
     return found
-
-
-def table(found: Sequence[Hypothesis]) -> Mapping[str, float]:
-    """Name -> explained share, best first: for looking at."""
-    return {h.name: h.explained for h in sorted(found, key=lambda h: -h.explained)}

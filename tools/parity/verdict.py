@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -246,15 +246,6 @@ def _without_fault(taps: Sequence[Tap]) -> str:
     local_only = [t for t in judged if t.local.method in ("formula", "direct", "span")]
     exact = all(t.local.difference <= 8 * max(t.local.f32_floor, 2.0**-24) for t in local_only)
     return "clean" if exact and all(t.metrics.relative_l2 < 1e-3 for t in taps if not t.alias) else "noise"
-
-
-def summary(taps: Sequence[Tap]) -> Mapping[str, int]:
-    """Counts for the report's last line."""
-    return {
-        "compared": len(taps),
-        "local": sum(t.local is not None for t in taps),
-        "broken": sum(t.broken for t in taps),
-    }
 
 
 def other_model(taps: Sequence[Tap]) -> bool:
