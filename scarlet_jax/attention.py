@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from scarlet_jax import config, taps
+from scarlet_jax import config, layers
 from scarlet_jax.ops import attention as ops
 from scarlet_jax.ops import implementations, norm, rope
 from scarlet_jax.ops.matmul import linear, linear_many
@@ -65,8 +65,7 @@ def init_state(cfg: config.Attention, batch: int, slots: int, dtype: jax.typing.
 
 def mix(w: Weights, x: Array, state: State, span: Span, *, cfg: config.Attention) -> tuple[Array, State]:
     """x f32 (B, T, D), normed -> f32 (B, T, D) and the cache with this call's keys and values in it."""
-    at_once = implementations.offered("attention") and not taps.listening()
-    return (_mix_at_once if at_once else _mix_by_steps)(w, x, state, span, cfg)
+    return layers.run("attention", _mix_at_once, _mix_by_steps, w, x, state, span, cfg=cfg)
 
 
 def _mix_at_once(

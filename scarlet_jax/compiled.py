@@ -18,7 +18,8 @@ def keep() -> None:
     Nothing is changed where JAX's own settings (JAX_COMPILATION_CACHE_DIR and others) have settled it. No
     program is too small: a model has tens, each a few milliseconds from the cache and tens from the compiler.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] is not None or not settings["jax_enable_compilation_cache"]:
         return
     try:
         folder().mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from scarlet_jax import config, taps
+from scarlet_jax import config, layers
 from scarlet_jax.ops import conv, gated_delta, implementations, norm
 from scarlet_jax.ops.matmul import linear, linear_many
 from scarlet_jax.span import Span
@@ -74,11 +74,12 @@ def init_state(cfg: config.DeltaNet, batch: int, slots: int, dtype: jax.typing.D
 
 def mix(w: Weights, x: Array, state: State, span: Span, *, cfg: config.DeltaNet) -> tuple[Array, State]:
     """x f32 (B, T, D), normed -> f32 (B, T, D) and the state after the span's last real token."""
-    at_once = implementations.offered("delta_net") and not taps.listening()
-    return (_mix_at_once if at_once else _mix_by_steps)(w, x, state, span, cfg)
+    return layers.run("delta_net", _mix_at_once, _mix_by_steps, w, x, state, span, cfg=cfg)
 
 
-def _mix_at_once(w: Weights, x: Array, state: State, span: Span, cfg: config.DeltaNet) -> tuple[Array, State]:
+def _mix_at_once(
+    w: Weights, x: Array, state: State, span: Span, *, cfg: config.DeltaNet
+) -> tuple[Array, State]:
     """In three calls: the projections of x, all that follows them, and the last projection."""
     projected = linear_many(x, w.attn_qkv, w.attn_gate, w.ssm_alpha, w.ssm_beta)
     vectors = (w.ssm_conv1d, w.ssm_dt, w.ssm_a, w.ssm_norm)

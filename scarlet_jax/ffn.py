@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from scarlet_jax import config, taps
+from scarlet_jax import config, layers
 from scarlet_jax.ops import implementations
 from scarlet_jax.ops.matmul import has_scale, linear
 from scarlet_jax.taps import tap
@@ -38,9 +38,17 @@ def shapes(cfg: config.Dense, width: int) -> dict[str, tuple[int, ...]]:
 
 def feed_forward(w: Weights, x: Array, *, cfg: config.Dense) -> Array:
     """f32 (B, T, D), normed -> f32 (B, T, D)."""
+    if any(has_scale(part) for part in (w.ffn_gate, w.ffn_up, w.ffn_down)):  # the kernels know no scales
+        return _by_steps(w, x, cfg=cfg)
+    return layers.run("ffn", _at_once, _by_steps, w, x, cfg=cfg)
+
+
+def _at_once(w: Weights, x: Array, *, cfg: config.Dense) -> Array:
     del cfg  # the weights' shapes say it all; an MoE's config says more
-    weights = (w.ffn_gate, w.ffn_up, w.ffn_down)
-    if implementations.offered("ffn") and not taps.listening() and not any(map(has_scale, weights)):
-        return implementations.call("ffn", x, *weights)
+    return implementations.call("ffn", x, w.ffn_gate, w.ffn_up, w.ffn_down)
+
+
+def _by_steps(w: Weights, x: Array, *, cfg: config.Dense) -> Array:
+    del cfg
     gate, up = tap("ffn_gate", linear(x, w.ffn_gate)), tap("ffn_up", linear(x, w.ffn_up))
     return tap("ffn_out", linear(tap("ffn_swiglu", jax.nn.silu(gate) * up), w.ffn_down))

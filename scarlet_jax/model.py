@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from scarlet_jax import attention, config, delta_net, ffn
 from scarlet_jax.errors import BadInput
@@ -130,14 +131,14 @@ def init_state(cfg: config.Config, batch: int, slots: int, kv_dtype: Any = jnp.f
 
 def trunk(
     weights: Weights,
-    tokens: Array,
-    count: Array,
+    tokens: ArrayLike,
+    count: ArrayLike,
     state: State,
     cfg: config.Config,
     *,
     tapped: bool = False,
     in_place: bool = False,
-    positions: Array | None = None,
+    positions: ArrayLike | None = None,
     implementation: str = "auto",
 ) -> Traced:
     """Run tokens int32 (B, T), of which the first `count` (B,) of each row are real, through all blocks.
@@ -283,10 +284,12 @@ class Model:
 
         Rows past the end of a shorter sequence are undefined.
         """
+        own = state is None  # nobody else holds it: its buffers may be reused
         batch, state = self._enter(tokens, state)
         logits = []
         for piece in batch.pieces():
-            hidden, state, _ = self._trunk(piece, state)
+            hidden, state, _ = self._trunk(piece, state, in_place=own)
+            own = True
             logits.append(self._head(hidden)[0][:, : piece.width])
         joined = jnp.concatenate(logits, axis=1)
         return (joined[0] if batch.single else joined), state
@@ -298,12 +301,13 @@ class Model:
 
         With `consume` the buffers of `state` are reused, which spares a copy of the cache; it is gone after.
         """
+        own = state is None or consume
         batch, state = self._enter(tokens, state)
         last = np.zeros((len(batch.lengths), self.config.embedding_length), np.float32)
         for piece in batch.pieces():
-            hidden, state, _ = self._trunk(piece, state, in_place=consume)
+            hidden, state, _ = self._trunk(piece, state, in_place=own)
+            own = True
             last = _last(hidden, piece.count, last)
-            consume = True  # from here on the state is our own
         logits, _ = self._head(last)
         return (logits[0] if batch.single else logits), state
 
@@ -366,7 +370,7 @@ class Model:
         options["implementation"] = self.implementation
         return trunk(self.weights, piece.tokens, piece.count, state, self.config, **options)
 
-    def _head(self, hidden: Array, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
+    def _head(self, hidden: ArrayLike, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
         weights, eps = self.weights, self.config.layer_norm_rms_epsilon
         return head(weights.output_norm, weights.output, hidden, eps, tapped, self.implementation)
 

@@ -70,7 +70,9 @@ def test_no_top_level_folder_is_imported_bare(path):
 def test_no_layer_knows_an_architecture():
     """Architectures are data: their names occur in configs/ alone (and in the tools that make models)."""
     names = [path.stem for path in ROOT.glob("configs/*.py") if path.stem != "__init__"]
-    engine = [path for path in ROOT.glob("scarlet_jax/*.py") if path.stem != "tokenizer"]  # pre-tokenisers share names
+    engine = [
+        path for path in ROOT.glob("scarlet_jax/*.py") if path.stem != "tokenizer"
+    ]  # pre-tokenisers share names
     for path in engine:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and node.value in names:

@@ -1,6 +1,7 @@
 """The model against a float64 forward written from the spec, against llama.cpp, and against transformers."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -93,14 +94,16 @@ def test_logits_of_decoding_against_float64(shape, before, implementation):
         assert relative_l2(logits, oracle.forward(path(shape), ids[:stop])[0][-1]) < TOLERANCE
 
 
+@every_implementation
 @every_shape
 @pytest.mark.parametrize("before", [1, 64, 70])
-def test_every_tap_of_decoding_against_float64(shape, before):
+def test_every_tap_of_decoding_against_float64(shape, before, implementation):
     """Token by token, then three at once."""
     ids = tokens(shape, before + 5)
-    _, state = model(shape).forward(ids[:before])
+    ours = model(shape, implementation=implementation)
+    _, state = ours.forward(ids[:before])
     for start, stop in [(before, before + 1), (before + 1, before + 2), (before + 2, before + 5)]:
-        logits, state, taps = model(shape).forward_with_taps(ids[start:stop], state)
+        logits, state, taps = ours.forward_with_taps(ids[start:stop], state)
         expected, truth = oracle.forward(path(shape), ids[:stop], start=start)
         assert_taps_agree(taps, truth)
         assert relative_l2(logits, expected) < TOLERANCE
@@ -187,7 +190,9 @@ def test_a_later_token_changes_nothing_before_it(shape):
 @every_implementation
 def test_lengths_of_a_bucket_compile_once(implementation):
     def programs():
-        return engine.run_block._cache_size() + engine._trunk_program._cache_size()
+        jitted: list[Any] = [engine.run_block, engine.run_block_in_place]
+        jitted += [engine._trunk_program, engine._trunk_program_in_place]
+        return sum(program._cache_size() for program in jitted)
 
     shape = SHAPES["tied"]
     m = scarlet_jax.load(path(shape), implementation=implementation, kv_dtype="float16")  # new to every cache
@@ -210,6 +215,27 @@ def test_a_state_is_a_snapshot_until_it_is_consumed(implementation):
     again, _ = m.last_logits(ids[9:], state, consume=True)
     np.testing.assert_array_equal(once, again)
     assert state.blocks[0].memory.is_deleted()
+
+
+def test_gradients_are_those_of_the_steps():
+    """Of every weight that is a float, through the state as well: the token after a prompt."""
+    shape = dataclasses.replace(SHAPES["untied"], block_count=2, full_attention_interval=2)
+    m, ids = model(shape), tokens(shape, 7).astype(np.int32)[None]
+
+    def loss(weights, implementation):
+        state = m.init_state(1)
+        for part in (ids[:, :-1], ids[:, -1:]):
+            count = np.array([part.shape[1]], np.int32)
+            traced = engine.trunk(weights, part, count, state, m.config, implementation=implementation)
+            state = traced.state
+        return (traced.hidden * np.arange(shape.embedding_length, dtype=np.float32)).mean()
+
+    gradient = jax.grad(loss, allow_int=True)
+    ours, theirs = (jax.tree.leaves(gradient(m.weights, name)) for name in ("auto", "portable"))
+    floats = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.dtype != jax.dtypes.float0]
+    assert len(floats) > 20
+    for a, b in floats:
+        assert relative_l2(a, b) < 1e-4  # sums of products of both signs, thousands of them: digits cancel
 
 
 def test_no_taps_is_the_program_without_the_calls(monkeypatch):

@@ -193,7 +193,7 @@ ATTENTIONS = {  # B, T, N, K, H, M, S, gated: parts of the cache or not, whole v
 
 
 def attention_inputs(
-    random, B, T, N, K, H, M, S, gated, dtype="float32"
+    random, B, T, N, K, H, M, S, gated, dtype: Any = "float32"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     count = random.integers(1, T + 1, B)
     arrays = {
