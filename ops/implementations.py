@@ -10,7 +10,8 @@ does not cover (weights' own scales, `QTensor.scale`, are the caller's):
     delta_net(...), attention(...)  a token mixer between its projections (see `ops.cpu.mixers`)
 
 The portable one has the product alone, of any weight, and is what the others are compared with. What nobody
-offers, a layer does step by step.
+offers, a layer does step by step. An implementation that gives up exactness for speed is in OPT_IN: it works
+only where it is asked for by name.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Any
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import cpu, portable
+from scarlet_jax.ops.cpu import fast
 
 IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "portable": portable}
+OPT_IN: dict[str, Any] = {"cpu-fast": fast}
 
 _chosen: contextvars.ContextVar[str] = contextvars.ContextVar("implementation", default="auto")
 
@@ -44,9 +47,12 @@ def use(name: str) -> Iterator[None]:
 
 def check(name: str) -> str:
     """The name itself; BadInput if there is no such implementation, or with its reason if it cannot run."""
-    if name != "auto" and name not in IMPLEMENTATIONS:
-        raise BadInput(f"implementation {name}: expected auto or one of {', '.join(IMPLEMENTATIONS)}")
-    if name != "auto" and (reason := IMPLEMENTATIONS[name].unavailable()):
+    if name == "auto":
+        return name
+    every = IMPLEMENTATIONS | OPT_IN
+    if name not in every:
+        raise BadInput(f"implementation {name}: expected auto or one of {', '.join(every)}")
+    if reason := every[name].unavailable():
         raise BadInput(f"implementation {name}: {reason}")
     return name
 
@@ -77,5 +83,5 @@ def _candidates(implementation: str) -> dict[str, Any]:
     """Who may do the work, best first: the one chosen by name, here or by `use`, or all that can run."""
     name = check(_chosen.get() if implementation == "auto" else implementation)
     if name != "auto":
-        return {name: IMPLEMENTATIONS[name]}
+        return {name: (IMPLEMENTATIONS | OPT_IN)[name]}
     return {name: module for name, module in IMPLEMENTATIONS.items() if module.unavailable() is None}

@@ -4,6 +4,9 @@ With --against llama.cpp the two engines take turns within this run, so that a m
 unfair to neither; figures are medians. llama.cpp runs as it does by default (flash attention, F16 cache),
 with as many threads. A prebuilt wheel of it is a quarter slower than a native build: give --lib one.
 
+With --precision fast the logits after the prompt are compared with those of the exact mode, so that what the
+speed costs stands beside it.
+
 example: scarlet bench model.gguf -p 512 -n 64 --against llama.cpp --lib libllama.so --json bench.json
 """
 
@@ -137,6 +140,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     jobs = [*(lambda engine=engine: _times(engine, prompt, args.new_tokens) for engine in engines)]
     times, bandwidth = _alternate(jobs, lambda: _read_bandwidth(probe), args.repeat)
 
+    if args.precision != "exact":
+        ours["error"] = error_of_precision(model, prompt)
     weight_bytes = weight_bytes_per_token(model)
     for figures, engine_times in zip((ours, reference), times, strict=False):
         prefill_s, decode_s = (statistics.median(column) for column in zip(*engine_times, strict=True))
@@ -148,7 +153,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "repeat": args.repeat,
-        "path": "portable" if cpu.unavailable() else f"cpu kernels, {cpu.isa()}, {cpu.threads()} threads",
+        "path": common.compute_path(model),
+        "precision": args.precision,
         "weight_bytes_per_token": weight_bytes,
         "read_bandwidth": bandwidth,
         **ours,
@@ -194,6 +200,13 @@ def _read_bandwidth(probe: np.ndarray) -> float:
     return probe.nbytes / (time.perf_counter() - began)
 
 
+def error_of_precision(model: Model, prompt: Sequence[int]) -> float:
+    """Relative L2 distance of the logits after the prompt from those of the same weights in exact mode."""
+    exact = Model(model.gguf, model.config, model.weights, kv_dtype=model.kv_dtype, implementation="auto")
+    ours, truth = (np.asarray(m.last_logits(prompt)[0], np.float64) for m in (model, exact))
+    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+
+
 def weight_bytes_per_token(model: Model) -> int:
     """Bytes of weights that a decoding step has to read: all but the embedding, of which it needs one row."""
     weights = model.weights
@@ -235,8 +248,11 @@ def _table(result: dict[str, Any]) -> Table:
         ("load_s", "load, s", "{:.2f}"),
         ("first_token_s", "start to first token, s", "{:.2f}"),
         ("peak_rss_bytes", "peak memory, bytes", "{:.3e}"),
+        ("error", "error of the logits against exact mode", "{:.1e}"),
     ]
     for key, label, style in rows:
+        if key not in result:
+            continue
         cells = [style.format(result[key])]
         if reference:
             cells.append(style.format(reference[key]) if key in reference else "")

@@ -161,7 +161,7 @@ class Talk:
                 raise
             self.terminal.say(str(error), "red")
         if self.settings.stats:
-            common.print_stats(stats)
+            common.print_stats(self.model, stats)
         self.terminal.say("", "")
 
     def _answer(self, messages: list[dict[str, str]], stats: Stats) -> dict[str, str]:

@@ -21,10 +21,12 @@ from scarlet_jax.errors import BadInput
 from scarlet_jax.generate import Stats
 from scarlet_jax.load import load
 from scarlet_jax.model import Model
-from scarlet_jax.ops import cpu
+from scarlet_jax.ops import cpu, implementations
 
 BACKENDS = ("auto", "cpu", "gpu", "tpu")
 KV_DTYPES = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
+# --precision: the implementation that the model is to use; None is its own choice, always an exact one.
+PRECISIONS = {"exact": None, "fast": "cpu-fast"}
 _THINK = {"on": True, "off": False}
 
 # Characters that would move the cursor, or worse, as characters that show them: a model can write anything.
@@ -44,6 +46,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     running.add_argument("--backend", choices=BACKENDS, default="auto", help="where to compute (auto)")
     running.add_argument("--threads", metavar="N", type=int, help="threads of the CPU kernels (all cores)")
+    running.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="exact",
+        help="fast: prompts with activations of 16 bits, where the processor has AVX-512 VNNI (exact)",
+    )
     running.add_argument(
         "--kv-dtype", choices=KV_DTYPES, default="f32", help="of attention's keys and values (f32)"
     )
@@ -122,9 +130,26 @@ def load_model(args: argparse.Namespace) -> Model:
         raise BadInput(f"--context {args.context}: expected 1 or more")
     use_backend(args.backend)
     use_threads(args.threads)
+    implementation = precision(args.precision)
     path = hub.resolve(args.model)
     with waiting(f"loading {path.name}"):
-        return load(path, context_length=args.context, kv_dtype=KV_DTYPES[args.kv_dtype])
+        return load(
+            path,
+            context_length=args.context,
+            kv_dtype=KV_DTYPES[args.kv_dtype],
+            implementation=implementation,
+        )
+
+
+def precision(name: str) -> str | None:
+    """The implementation that "exact" or "fast" asks for; BadInput where it cannot run."""
+    implementation = PRECISIONS[name]
+    if implementation is not None:
+        try:
+            implementations.check(implementation)
+        except BadInput as error:
+            raise BadInput(f"--precision {name}: {error}") from error
+    return implementation
 
 
 def use_backend(name: str) -> None:
@@ -150,11 +175,15 @@ def use_threads(count: int | None) -> None:
     cpu.set_threads(count)
 
 
-def compute_path() -> str:
-    """Which code does the work: "cpu kernels, avx512, 2 threads"."""
+def compute_path(model: Model | None = None) -> str:
+    """Which code does the work, for this model: "cpu kernels, avx512, 2 threads"."""
+    implementation = "auto" if model is None else model.implementation
     if reason := cpu.unavailable():
         return f"portable code on {jax.default_backend()} ({reason})"
-    return f"cpu kernels, {cpu.isa()}, {_plural(cpu.threads(), 'thread')}"
+    if implementation == "portable":
+        return f"portable code on {jax.default_backend()} (as asked)"
+    mode = ", fast mode" if implementation == PRECISIONS["fast"] else ""
+    return f"cpu kernels, {cpu.isa()}{mode}, {_plural(cpu.threads(), 'thread')}"
 
 
 # --- Output -------------------------------------------------------------------------------------------------
@@ -194,14 +223,14 @@ def stats_json(stats: Stats) -> dict[str, Any]:
     return dataclasses.asdict(stats) | {"prefill_tps": stats.prefill_tps, "decode_tps": stats.decode_tps}
 
 
-def print_stats(stats: Stats, **seconds: float) -> None:
-    """What a generation did, on one line of stderr; `seconds` are more times to begin with."""
+def print_stats(model: Model, stats: Stats, **seconds: float) -> None:
+    """What a generation by `model` did, on one line of stderr; `seconds` are more times to begin with."""
     parts = [f"{name.replace('_', ' ')} {value:.2f} s" for name, value in seconds.items()]
     parts.append(_rate("prompt", stats.prompt_tokens, stats.prefill_tps))
     if stats.reused_tokens:
         parts.append(f"{_plural(stats.reused_tokens, 'token')} reused")
     parts.append(_rate("answer", stats.tokens, stats.decode_tps))
-    parts += [f"seed {stats.seed}", compute_path()]
+    parts += [f"seed {stats.seed}", compute_path(model)]
     Console(stderr=True, highlight=False, soft_wrap=True).print(" · ".join(parts), style="dim")
 
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     tokens, answer = _stream(model, prompt, args, stats)
     times = {"load_s": load_s, "first_token_s": ready_s + stats.prefill_s}
     if args.stats:
-        common.print_stats(stats, load=times["load_s"], first_token=times["first_token_s"])
+        common.print_stats(model, stats, load=times["load_s"], first_token=times["first_token_s"])
     if args.json:
         stats_json = times | common.stats_json(stats)
         common.write_json(

@@ -5,9 +5,9 @@ f32 values of ggml's reference, activations stay f32, sums are f32; a result doe
 of threads. The best instruction set of the machine is chosen at load; SCARLET_CPU_ISA=avx512|avx2|generic
 forces one, and SCARLET_THREADS sets how many threads share the work (all cores by default).
 
-`fast` (opt-in) rounds the activations of products with many rows to 16 bits, a scale for each 256 of them, where
-the processor has AVX-512 VNNI and the format one scale for 256 weights; all else stays exact. About 2e-5 of
-relative error for twice the speed.
+`fast` (opt-in; as an implementation, `ops.cpu.fast`) rounds the activations of products with many rows to 16
+bits, a scale for each 256 of them, where the processor has AVX-512 VNNI and the format one scale for 256
+weights; all else stays exact. About 2e-5 of relative error for up to twice the speed.
 
 All functions are for jit and vmap; `qmatmul` and `qmatmul_many` have gradients too.
 """

@@ -212,7 +212,7 @@ def test_a_choice_by_name_is_honoured_or_says_why(small, monkeypatch):
     with pytest.raises(BadInput, match="implementation narrow: Q8_0: only Q4_K here"):
         linear(x, w, implementation="narrow")
     with pytest.raises(
-        BadInput, match="implementation gpu: expected auto or one of absent, narrow, fast, portable"
+        BadInput, match="implementation gpu: expected auto or one of absent, narrow, fast, portable, cpu-fast"
     ):
         linear(x, w, implementation="gpu")
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from models import PACKABLE, model, path
 
+from scarlet_jax.ops.cpu import fast
 from scarlet_jax.tools import bench, cli
 
 FIGURES = {"prefill_tps", "decode_tps", "load_s", "roofline_fraction"}
@@ -22,6 +23,18 @@ def test_figures_of_both_engines(tmp_path, capsys):
     seconds = result["weight_bytes_per_token"] / result["read_bandwidth"]
     assert result["roofline_fraction"] == pytest.approx(seconds * result["decode_tps"], rel=1e-6)
     assert "llama.cpp" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(fast.unavailable() is not None, reason=f"no fast mode here: {fast.unavailable()}")
+def test_the_fast_mode_has_its_error_beside_its_speed(tmp_path):
+    """More than float32 rounding, so that it ran; no more than 16-bit rounding through a few layers, 1e-3."""
+    out = tmp_path / "bench.json"
+    flags = ["-p", "70", "-n", "1", "--repeat", "1", "--precision", "fast", "--json", str(out)]
+    assert cli.main(["bench", str(path(PACKABLE, "Q4_K")), *flags]) == 0
+    result = json.loads(out.read_text())
+    assert result["precision"] == "fast"
+    assert "fast mode" in result["path"]
+    assert 5e-6 < result["error"] < 1e-3
 
 
 def test_a_token_reads_every_weight_but_the_embedding():

@@ -11,6 +11,7 @@ import models
 import pytest
 
 from scarlet_jax import chat
+from scarlet_jax.ops.cpu import fast
 from scarlet_jax.tools import common
 from scarlet_jax.tools.cli import main
 
@@ -114,7 +115,7 @@ def test_threads_and_cache_dtype_reach_the_engine(run, path, monkeypatch):
     command = ["generate", path, "--tokens", "5,6,7", "-n", 0]
     assert run(*command)[0] == run(*command, "--threads", 3, "--kv-dtype", "bf16")[0] == 0
     assert threads == [3]
-    assert options == {"context_length": None, "kv_dtype": jnp.bfloat16}
+    assert options == {"context_length": None, "kv_dtype": jnp.bfloat16, "implementation": None}
 
 
 def test_threads_without_kernels_are_bad_input(run, path, monkeypatch):
@@ -124,6 +125,18 @@ def test_threads_without_kernels_are_bad_input(run, path, monkeypatch):
         2, "scarlet generate: --threads 2: there are no CPU kernels to run on them (not built)\n"
     )  # fmt: skip
     assert common.compute_path() == "portable code on cpu (not built)"
+
+
+def test_the_fast_mode_runs_or_says_why_not(run, path, monkeypatch):
+    missing = fast.unavailable()
+    code, _, err = run("generate", path, "--tokens", "5,6,7", "-n", 2, "--stats", "--precision", "fast")
+    if missing is None:
+        assert code == 0
+        assert "fast mode" in err
+    monkeypatch.setattr(fast, "unavailable", lambda: "no such processor")
+    code, _, err = run("generate", path, "-p", "x", "--precision", "fast")
+    assert code == 2
+    assert err == "scarlet generate: --precision fast: implementation cpu-fast: no such processor\n"
 
 
 def test_stats_go_to_the_standard_error(run, path):
