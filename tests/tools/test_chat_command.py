@@ -63,6 +63,7 @@ class Script:
 
 class Parrot(Fading):
     """A model that gives these answers, one after another, and ends each."""
+
     implementation = "auto"
 
     def __init__(self, gguf, answers, context_length=400):
