@@ -311,6 +311,20 @@ class Model:
         logits, _ = self._head(last)
         return (logits[0] if batch.single else logits), state
 
+    def hidden(self, tokens: Any) -> Array:
+        """Hidden states before the final norm, f32 (T, D) or (B, T, D): for logits of some tokens only."""
+        batch, state = self._enter(tokens, None)
+        parts = []
+        for piece in batch.pieces():
+            hidden, state, _ = self._trunk(piece, state, in_place=True)
+            parts.append(hidden[:, : piece.width])
+        joined = jnp.concatenate(parts, axis=1)
+        return joined[0] if batch.single else joined
+
+    def logits(self, hidden: ArrayLike) -> Array:
+        """Logits of hidden states: f32 (..., D) -> f32 (..., V)."""
+        return self._head(hidden)[0]
+
     def taps(self, tokens: Any, select: str | None = None) -> dict[str, np.ndarray]:
         """Every activation of one sequence under llama.cpp's name, in execution order, token axis first.
 

@@ -29,6 +29,9 @@ COMMANDS = {
     ),
     "parity": Command("scarlet_jax.tools.parity.command", "name the operation that two engines disagree on"),
     "audit": Command("scarlet_jax.tools.audit", "decode every tensor twice, and say what was ever verified"),
+    "perplexity": Command(
+        "scarlet_jax.tools.perplexity", "how well a model predicts a text, and how near it is to another"
+    ),
     "bench": Command("scarlet_jax.tools.bench", "how fast a model runs, beside llama.cpp on the same file"),
     "kernel-bench": Command(
         "scarlet_jax.tools.kernel_bench", "how fast each kernel is, by block format and rows"
