@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "amx.h"
 #include "types.h"
 
 namespace scarlet {
@@ -41,12 +42,14 @@ struct Kernels {
   void (*silu_gate)(float* gate, const float* up, int64_t n);  // gate = silu(gate) * up
   float (*sum_of_bytes)(const uint8_t* bytes, size_t n);       // reads all of them: a bandwidth probe
   double (*fma_chain)(int64_t iterations);                     // returns the flops it did: a peak probe
+  const MatrixUnit* matrix = nullptr;  // if not null, what takes many rows, of any type
 };
 
 const Kernels& kernels_generic();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_amx();
 #endif
 
 }  // namespace scarlet

@@ -12,6 +12,12 @@
 #include "fast.h"
 #include "team.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace scarlet {
 
 Codebooks codebooks;
@@ -24,15 +30,32 @@ struct Choice {
   const Kernels& (*get)();
 };
 
+// Whether there is a matrix unit, and the system lets this process use it: its state is large, so that Linux
+// keeps it for those threads alone whose process has asked.
+bool matrix_unit_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kVectorBf16 = 1u << 5;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTiles)) != (kBf16 | kTiles)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & kVectorBf16) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // The instruction set of that name, or the best one for an empty name; null with the reason in `error`.
 const Kernels* choose(const char* wanted, std::string* error) {
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#endif
   const Choice choices[] = {
 #if defined(__x86_64__)
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
-       kernels_avx512},
+      {"amx", avx512 && matrix_unit_granted(), kernels_amx},
+      {"avx512", avx512, kernels_avx512},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
 #endif
       {"generic", true, kernels_generic},
@@ -95,12 +118,15 @@ Aligned<T> aligned(size_t count) {
   return Aligned<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
 }
 
-// A job whose rows of x are in the form that its kernels want: as they are, in another order, or of 16 bits.
+// A job whose rows of x are in the form that its kernels want: as they are, in another order, split into
+// bf16, or of 16 bits.
 struct Ready {
   QType type;
   Product product;
   const FastKernels* fast = nullptr;
   FastRows rows{};  // if fast
+  const MatrixUnit* matrix = nullptr;
+  SplitRows split{};  // if matrix
 
   Ready(const Kernels& kernels, const Job& job) : type(job.type), product(job.product) {
     const PrepareFn prepare = kernels.prepare[static_cast<int>(type)];
@@ -108,6 +134,8 @@ struct Ready {
     if (product.count == 0) return;
     if (product.count <= kFewRows) {
       if (prepare != nullptr) reorder(kernels, prepare);
+    } else if (kernels.matrix != nullptr) {
+      split_terms(*kernels.matrix, job.fast ? 2 : 3);
     } else if (offered != nullptr && offered->covers(type)) {
       round(*offered);
     }
@@ -117,10 +145,12 @@ struct Ready {
     // Enough to amortise taking one, and few enough to even out what the threads finish: for few rows of x
     // a stretch of memory, for many a tile of the matrix product.
     if (fast != nullptr) return kFastTileRows;
+    if (matrix != nullptr) return matrix->tile_rows;
     if (product.count > kFewRows) return kTileRows;
     return rows_a_task(static_cast<int64_t>(row_bytes(type, product.elements)), 1 << 16, 4);
   }
   size_t scratch_floats(const Kernels& kernels) const {
+    if (matrix != nullptr) return matrix->scratch_floats;
     return kernels.scratch_floats + (fast ? fast->scratch_floats(product.elements) : 0);
   }
 
@@ -143,8 +173,18 @@ struct Ready {
     run_tasks(product.count, 0, [&](int64_t m, float*) { fast->quantise(product.x[m], m, rows); });
   }
 
+  void split_terms(const MatrixUnit& unit, int terms) {
+    matrix = &unit;
+    split = {product.count, product.elements, terms, nullptr};
+    terms_ = aligned<uint16_t>(unit.split_size(split));
+    split.tiles = terms_.get();
+    run_tasks((product.count + kSplitGroup - 1) / kSplitGroup, 0,
+              [&](int64_t group, float*) { unit.split(product.x, group, split); });
+  }
+
   Aligned<float> floats_;
   Aligned<int16_t> quants_;
+  Aligned<uint16_t> terms_;
   std::vector<const float*> x_;
 };
 
@@ -168,6 +208,7 @@ void multiply(const Kernels& kernels, const Part& part, float* const* y, float* 
   p.rows = part.end - part.first;
   p.y = y;
   if (job.fast != nullptr) return job.fast->multiply(kernels, job.type, p, job.rows, scratch);
+  if (job.matrix != nullptr) return job.matrix->multiply(kernels, job.type, p, job.split, scratch);
   const auto& table = p.count <= kFewRows ? kernels.multiply_few : kernels.multiply_many;
   table[static_cast<int>(job.type)](p, scratch);
 }
@@ -270,7 +311,8 @@ const char* scarlet_set_isa(const char* name, char* error, size_t size) {
 bool scarlet_rounds(const char* name) {
   const scarlet::FastKernels* fast = scarlet::fast_kernels();
   scarlet::QType type;
-  return fast != nullptr && scarlet::type_by_name(name, std::strlen(name), &type) && fast->covers(type);
+  if (!scarlet::type_by_name(name, std::strlen(name), &type)) return false;
+  return scarlet::kernels().matrix != nullptr || (fast != nullptr && fast->covers(type));
 }
 
 void scarlet_set_threads(int threads) { scarlet::set_threads(threads); }
