@@ -9,7 +9,8 @@ does not cover (weights' own scales, `QTensor.scale`, are the caller's):
     ffn(x, gate, up, down)          a feed-forward network
     delta_net(...), attention(...)  a token mixer between its projections (see `ops.cpu.mixers`)
 
-The portable one has the product alone, of any weight, and is what the others are compared with. What nobody
+and, optionally, `prepare(w)`: a packed weight in the form that its products are quickest with, made once at load
+time. The portable one has the product alone, of any weight, and is what the others are compared with. What nobody
 offers, a layer does step by step. An implementation that gives up exactness for speed is in OPT_IN: it works
 only where it is asked for by name.
 """
@@ -21,11 +22,14 @@ import contextvars
 from collections.abc import Iterator
 from typing import Any
 
-from scarlet_jax.errors import BadInput
-from scarlet_jax.ops import cpu, portable
-from scarlet_jax.ops.cpu import fast
+import jax
 
-IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "portable": portable}
+from scarlet_jax.errors import BadInput
+from scarlet_jax.ops import cpu, gpu, portable
+from scarlet_jax.ops.cpu import fast
+from scarlet_jax.ops.qtensor import QTensor
+
+IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "gpu": gpu, "portable": portable}
 OPT_IN: dict[str, Any] = {"cpu-fast": fast}
 
 _chosen: contextvars.ContextVar[str] = contextvars.ContextVar("implementation", default="auto")
@@ -77,6 +81,24 @@ def call(operation: str, *args: Any, implementation: str = "auto", **options: An
             if len(candidates) == 1:
                 raise BadInput(f"implementation {name}: {error}") from error
     raise NotImplementedError(f"{operation} is not covered by {', '.join(candidates)}")
+
+
+def prepared(weights: Any, implementation: str) -> Any:
+    """A pytree of weights, its matrices in the form that the implementation who will multiply them prefers."""
+    best = next(iter(_candidates(implementation).values()))
+    if not hasattr(best, "prepare"):
+        return weights
+    matrix = lambda w: isinstance(w, QTensor)  # noqa: E731
+    seen: dict[int, Any] = {}  # a tied head stays tied
+
+    def prepare(w: Any) -> Any:
+        if not matrix(w) or len(w.shape) != 2:
+            return w
+        if id(w) not in seen:
+            seen[id(w)] = best.prepare(w)
+        return seen[id(w)]
+
+    return jax.tree.map(prepare, weights, is_leaf=matrix)
 
 
 def _candidates(implementation: str) -> dict[str, Any]:

@@ -5,16 +5,19 @@ GGUF matrices are (out, in): every product here contracts the last axis of both 
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from scarlet_jax.ops import implementations
+from scarlet_jax.ops.gpu.planes import Planes, values
 from scarlet_jax.ops.qtensor import QTensor
 from scarlet_jax.ops.quants import decode
 
-Weight = jax.Array | np.ndarray | QTensor
+Weight = jax.Array | np.ndarray | QTensor | Planes
 
 
 def linear(x: jax.Array, w: Weight, *, implementation: str = "auto") -> jax.Array:
@@ -39,7 +42,7 @@ def linear_many(x: jax.Array, *ws: Weight) -> list[jax.Array]:
 
 def has_scale(w: Weight) -> bool:
     """Whether products with the weight are multiplied by a scale of its own."""
-    return isinstance(w, QTensor) and w.scale is not None
+    return isinstance(w, QTensor | Planes) and w.scale is not None
 
 
 def embed(w: Weight, ids: jax.Array) -> jax.Array:
@@ -47,9 +50,16 @@ def embed(w: Weight, ids: jax.Array) -> jax.Array:
 
     `ids` must be within 0 .. V-1 (the caller checks: under jit an id outside is clipped).
     """
+    if isinstance(w, Planes):
+        return _scaled(_embed_planes(w, ids), w)
     if not isinstance(w, QTensor):
         return _rows(w, ids).astype(jnp.float32)
     return _scaled(decode(_rows(w.blocks, ids), w.qtype), w)
+
+
+def _embed_planes(w: Planes, ids: jax.Array) -> jax.Array:
+    rows = values(jax.tree.map(lambda plane: _rows(plane, ids.ravel()), dataclasses.replace(w, scale=None)))
+    return rows.reshape(*ids.shape, w.width)
 
 
 def _rows(table: jax.Array | np.ndarray, ids: jax.Array) -> jax.Array:
@@ -58,7 +68,7 @@ def _rows(table: jax.Array | np.ndarray, ids: jax.Array) -> jax.Array:
 
 def _check(x: jax.Array, w: Weight) -> None:
     chex.assert_type(x, jnp.float32)
-    chex.assert_rank(w.blocks if isinstance(w, QTensor) else w, 2)
+    chex.assert_equal(len(w.shape), 2)
     chex.assert_equal(x.shape[-1], w.shape[-1])
 
 

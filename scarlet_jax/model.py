@@ -265,12 +265,12 @@ class Model:
         """
         self.gguf = gguf
         self.config = cfg
-        self.weights = weights
         self.context_length = context_length or cfg.context_length
         self.kv_dtype = kv_dtype
         self.implementation = implementations.check(
             implementation or os.environ.get("SCARLET_IMPLEMENTATION") or "auto"
         )
+        self.weights = implementations.prepared(weights, self.implementation)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

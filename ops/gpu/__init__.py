@@ -1,1 +1,61 @@
-"""Pallas kernels for GPU and TPU."""
+"""Pallas kernels for GPUs: products with packed weights, read as planes (`planes`).
+
+A peer of `ops.portable` behind `ops.matmul`. A weight may come packed as in the file, and is then rearranged on
+every call: for tests. `prepare` does it once, at load time. What is no packed weight, and what runs where Pallas
+has no GPU (a TPU among others), is plain XLA.
+
+No figure of these kernels has been measured yet on a GPU. Until they
+have given the right answer once on the device at hand, `unavailable()` keeps them out of the way.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scarlet_jax.ops import portable
+from scarlet_jax.ops.gpu import products
+from scarlet_jax.ops.gpu.backend import CUSTOM_CALL, mode, needs_gpu_here  # noqa: F401
+from scarlet_jax.ops.gpu.planes import Planes, pack
+from scarlet_jax.ops.qtensor import QTensor
+
+Weight = jax.Array | np.ndarray | QTensor | Planes
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, in a line; None if they can."""
+    if not needs_gpu_here():
+        return None
+    if jax.default_backend() != "gpu":
+        return f"the default device is a {jax.default_backend()}"
+    return _trial()
+
+
+@functools.cache
+def _trial() -> str | None:
+    """Compile and run one kernel of each kind: what a device does not support is learnt before a model is loaded."""
+    rng = np.random.default_rng(0)
+    with jax.ensure_compile_time_eval():
+        w = pack(QTensor(rng.integers(0, 256, (64, 2 * 34), np.uint8) & 0x3F, "Q8_0"))
+        for rows in (1, products.FEW + 1):
+            x = jnp.asarray(rng.standard_normal((rows, w.shape[1]), np.float32))
+            try:
+                got, expected = products.qmatmul(x, w), products.elsewhere(x, w)
+            except Exception as error:  # compilers raise what they like
+                return f"the kernels do not compile: {str(error).strip().splitlines()[0][:200]}"
+            if not np.allclose(got, expected, rtol=1e-4, atol=1e-3 * float(jnp.abs(expected).max())):
+                return "the kernels give wrong results on this device"
+    return None
+
+
+prepare = jax.jit(pack)
+
+
+def qmatmul(x: jax.Array, w: Weight) -> jax.Array:
+    """`x @ w.T`: f32 (..., in), (out, in) of any kind -> f32 (..., out), without `w.scale`."""
+    if isinstance(w, QTensor):
+        w = pack(w)
+    return products.qmatmul(x, w) if isinstance(w, Planes) else portable.qmatmul(x, w)

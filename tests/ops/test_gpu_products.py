@@ -1,0 +1,175 @@
+"""The Pallas products: interpreted on the CPU against float64, and lowered for CUDA and TPU without either.
+
+That they are the right program is shown here; that a GPU's compiler takes it, and how fast it is, is not.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from jax import export
+from support import relative_l2
+from support_blocks import QTYPES, by_gguf_py, random_blocks, with_scale
+
+from scarlet_jax import model as engine
+from scarlet_jax.ops import gpu, implementations
+from scarlet_jax.ops.gpu import planes, products
+from scarlet_jax.ops.matmul import embed
+from scarlet_jax.ops.qtensor import QTensor, block_size
+
+PACKED = [q for q in QTYPES if q not in ("F32", "F16", "BF16")]
+
+# As in test_matmul: the same numbers on both sides, f32 products and f32 sums.
+TOLERANCE = 2e-6
+
+# What is interpreted is not worth optimising: compiling is all of its time.
+QUICKLY = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+run = jax.jit(lambda x, w: gpu.qmatmul(x, w), compiler_options=QUICKLY)
+
+every_type = pytest.mark.parametrize("qtype", PACKED)
+
+
+def weight(qtype: str, out: int, blocks: int) -> tuple[QTensor, np.ndarray]:
+    """Random blocks of unit scale, and their values f32 (out, in)."""
+    rows = with_scale(qtype, random_blocks(qtype, out * blocks)).reshape(out, -1)
+    values = by_gguf_py(qtype, rows.reshape(-1, block_size(qtype)[1])).reshape(out, -1)
+    return QTensor(rows, qtype), values
+
+
+def hollow(w: QTensor) -> planes.Planes:
+    """The shapes of its planes: all that lowering asks for."""
+    return jax.eval_shape(planes.pack, w)
+
+
+def activations(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).standard_normal(shape, np.float32)
+
+
+@every_type
+def test_planes_hold_the_very_values(qtype):
+    out, blocks = 5, 11
+    rows = random_blocks(qtype, out * blocks, seed=blocks).reshape(out, -1)
+    if qtype == "MXFP4":  # a step below 2^-126 may be flushed: left out
+        rows.reshape(out, blocks, -1)[..., 0] |= 0x80
+    expected = by_gguf_py(qtype, rows.reshape(-1, block_size(qtype)[1])).reshape(out, -1)
+    got = np.asarray(
+        jax.jit(lambda w: planes.values(planes.pack(w)), compiler_options=QUICKLY)(QTensor(rows, qtype))
+    )
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(got[finite], expected[finite])
+    assert not np.isfinite(got[~finite]).any()
+
+
+@every_type
+def test_planes_are_hardly_larger_than_the_blocks(qtype):
+    """One shape that every format fills. Codebooks are stored looked up, and grow; nothing else does by much."""
+    elements, size = block_size(qtype)
+    w = QTensor(np.zeros((3, 1024 // elements * size), np.uint8), qtype)
+    packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(hollow(w)))
+    # By the layouts: 3 bits and a byte of scale per 16 or 32 for the grids, where the file has 1.6 to 3.4 bits;
+    # f16 scales twice or four times as often for the formats of 64 and 128; 2 bits for 1.7 of TQ1_0.
+    limit = {"IQ1_S": 2.12, "IQ1_M": 2.04, "IQ2_XXS": 1.61, "IQ2_XS": 1.55, "IQ2_S": 1.4, "IQ3_XXS": 1.41}
+    limit |= {"IQ3_S": 1.26, "Q1_0": 1.34, "Q2_0": 1.12, "TQ1_0": 1.23, "Q2_K": 1.2, "MXFP4": 1.06}
+    limit |= {"NVFP4": 1.12}
+    assert packed <= limit.get(qtype, 1.04) * np.asarray(w.blocks).nbytes
+
+
+# Rows of activations on both sides of the two kernels, and of a tile; weights of odd sizes, and large enough
+# for several programs with an overlap.
+@pytest.mark.parametrize(
+    ("qtype", "batch", "out", "blocks"),
+    [("Q4_K", 1, 1, 3), ("Q6_K", 3, 37, 8), ("Q4_K", 8, 6, 5), ("Q8_0", 9, 13, 1), ("Q5_K", 33, 70, 2)],
+)
+def test_product_of_any_size(qtype, batch, out, blocks):
+    w, values = weight(qtype, out, blocks * 256 // block_size(qtype)[0])
+    x = activations(batch, values.shape[1])
+    with gpu.mode("interpreted"):
+        got = run(x, w)
+    assert got.dtype == jnp.float32
+    assert relative_l2(got, x.astype(float) @ values.T.astype(float)) <= TOLERANCE
+
+
+@every_type
+def test_product_of_any_type(qtype):
+    w, values = weight(qtype, out=7, blocks=3)
+    x = activations(1, values.shape[1])
+    with gpu.mode("interpreted"):
+        got = run(x, w)
+    assert relative_l2(got, x.astype(float) @ values.T.astype(float)) <= TOLERANCE
+
+
+def test_bf16_activations():
+    w, values = weight("Q4_K", out=70, blocks=3)
+    x = activations(19, values.shape[1])
+    with gpu.mode("interpreted"):
+        got = products.qmatmul(jnp.asarray(x), planes.pack(w), activations=jnp.bfloat16)
+    # Both sides are rounded to 8 bits, 2^-9 / sqrt(3) = 1.1e-3 each on average, and random errors add in squares.
+    assert 5e-4 < relative_l2(got, x.astype(float) @ values.T.astype(float)) < 3e-3
+
+
+def lowered(function, platform: str, *arguments) -> str:
+    """The program for a platform that is not here."""
+    allowed = [export.DisabledSafetyCheck.custom_call(gpu.CUSTOM_CALL)]
+    return export.export(jax.jit(function), platforms=[platform], disabled_checks=allowed)(
+        *arguments
+    ).mlir_module()
+
+
+@pytest.mark.parametrize(
+    ("qtype", "batch"), [*((q, 1) for q in PACKED), ("Q4_K", 8), ("Q4_K", 40), ("IQ3_S", 40), ("Q6_K", 40)]
+)
+def test_lowers_for_cuda_as_one_kernel(qtype, batch):
+    w = hollow(weight(qtype, out=37, blocks=3)[0])
+    text = lowered(products.qmatmul, "cuda", activations(batch, w.shape[1]), w)
+    assert text.count(gpu.CUSTOM_CALL) == 1
+    assert "stablehlo.dot_general" not in text  # nothing is left to XLA
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu"])
+def test_lowers_elsewhere_without_a_kernel(platform):
+    w = hollow(weight("Q5_K", out=37, blocks=3)[0])
+    text = lowered(products.qmatmul, platform, activations(5, w.shape[1]), w)
+    assert "dot_general" in text
+    assert gpu.CUSTOM_CALL not in text
+
+
+def test_without_a_gpu_it_says_so():
+    assert gpu.unavailable() == f"the default device is a {jax.default_backend()}"
+    with gpu.mode("interpreted"):
+        assert gpu.unavailable() is None
+
+
+def test_rows_of_an_embedding_come_from_planes():
+    w, values = weight("Q6_K", out=11, blocks=2)
+    ids = jnp.array([[10, 0, 3], [3, 7, 1]])
+    np.testing.assert_array_equal(jax.jit(embed)(gpu.prepare(w), ids), values[np.asarray(ids)])
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_whole_model_lowers(platform, tokens):
+    """Prefill and decode, trunk and head, from weights as they are held on a GPU."""
+    shape = models.PACKABLE
+    model = models.model(shape, "Q4_K_M")
+    cfg = model.config
+
+    def logits(weights, ids, state):
+        count = jnp.full(1, tokens, jnp.int32)
+        hidden, state, _ = engine.trunk(weights, ids, count, state, cfg, implementation="gpu")
+        out, _ = engine.head(
+            weights.output_norm,
+            weights.output,
+            hidden[:, -1],
+            cfg.layer_norm_rms_epsilon,
+            implementation="gpu",
+        )
+        return out, state
+
+    ids = np.zeros((1, tokens), np.int32)
+    with gpu.mode("elsewhere"):
+        weights = jax.eval_shape(lambda w: implementations.prepared(w, "gpu"), model.weights)
+        text = lowered(logits, platform, weights, ids, model.init_state())
+    assert (gpu.CUSTOM_CALL in text) == (platform == "cuda")
