@@ -19,6 +19,8 @@ from scarlet_jax.types import Array
 if TYPE_CHECKING:
     from scarlet_jax.model import Model
 
+BLOCK = 16  # tokens that an accelerator makes before the host looks at them
+
 
 @dataclasses.dataclass
 class Stats:
@@ -88,14 +90,17 @@ def generate(
     cache: StateCache | None = None,
     steady: int = 0,
     stats: Stats | None = None,
+    block: int | None = None,
 ) -> Generator[int, None, None]:
     """Continue `tokens`, yielding ids until one of `stop` (not yielded), `max_tokens` or a full context.
 
     The filters are those of `scarlet_jax.sampling`; temperature 0 is greedy. The same `seed` gives the same
     tokens; None draws one. `stop` defaults to the tokenizer's `eos_ids`. With a `cache`, the part of the
     prompt that it knows is not computed again, and the states after the first `steady` tokens and at the end
-    are kept in it. Raises BadInput at once for an empty prompt, one that the context cannot hold, an id
-    outside the vocabulary or a number out of range; and later if the logits are not numbers.
+    are kept in it. `block` tokens are made on the device between two looks at them (by default 1 on a CPU, and
+    BLOCK elsewhere, where a look costs more than it spares): the same tokens. Raises BadInput at once for an
+    empty prompt, one that the context cannot hold, an id outside the vocabulary or a number out of range; and
+    later if the logits are not numbers.
     """
     prompt = np.asarray(tokens).tolist()
     _check_prompt(model, prompt)
@@ -104,11 +109,15 @@ def generate(
     if seed is not None and not 0 <= seed < 2**32:
         raise BadInput(f"seed is {seed}, expected 0 to {2**32 - 1}")
     params = Sampling(float(temperature), int(top_k), float(top_p), float(min_p)).checked()
+    if block is None:
+        block = 1 if jax.default_backend() == "cpu" else BLOCK
+    if block < 1:
+        raise BadInput(f"block is {block}, expected 1 or more")
     stats = Stats() if stats is None else stats
     stats.seed = secrets.randbits(32) if seed is None else seed
     run = _Run(model, prompt, jax.random.key(stats.seed), params, cache or StateCache(), stats)
     stop = model.tokenizer.eos_ids if stop is None else stop
-    return run.ids(max_tokens, frozenset(stop), min(steady, len(prompt) - 1))
+    return run.ids(max_tokens, frozenset(stop), min(steady, len(prompt) - 1), block)
 
 
 def _check_prompt(model: Model, prompt: list[int]) -> None:
@@ -133,15 +142,21 @@ class _Run:
         self.seen: list[int] = []
         self.state: Any = None
 
-    def ids(self, max_tokens: int | None, stop: frozenset[int], steady: int) -> Generator[int, None, None]:
+    def ids(
+        self, max_tokens: int | None, stop: frozenset[int], steady: int, block: int
+    ) -> Generator[int, None, None]:
         """The generated ids, with `stats` and `cache` kept up to date wherever the caller stops."""
         room = self.model.context_length - len(self.prompt)
         limit = room if max_tokens is None else min(max_tokens, room)
         try:
             if limit:
                 token = self._prefill(steady)
+            ready: list[int] = []  # tokens that the device has made and nobody has seen
             for step in range(limit):
-                if step:
+                if step and block > 1:
+                    ready = ready or self._decode_block(token, step, stop, min(block, limit - step), block)
+                    token = ready.pop(0)
+                elif step:
                     token = self._decode(token, step)
                 if token in stop:
                     self.stats.finish = "stop"
@@ -175,6 +190,22 @@ class _Run:
             self.stats.decode_s += time.perf_counter() - began
         return token
 
+    def _decode_block(self, token: int, step: int, stop: frozenset[int], count: int, block: int) -> list[int]:
+        """The next `count` tokens, or fewer if one of `stop` is among them, which is then the last."""
+        began = time.perf_counter()
+        state, self.state = self.state, None
+        made, state = self.model.decode_block(
+            token, state, self.key, step, self.params, stop=sorted(stop), count=count, block=block
+        )
+        self.seen += [token, *made[:-1]]
+        self.state = state
+        if made[-1] == INVALID:
+            raise self._not_finite()
+        if step > 1:
+            self.stats.decode_steps += len(made)
+            self.stats.decode_s += time.perf_counter() - began
+        return made
+
     def _advance(self, tokens: list[int], *, own: bool) -> Array:
         """Put tokens through the model. `own`: nobody else holds the state, so its buffers may be reused."""
         state, self.state = self.state, None  # until the call is through there is no state to keep
@@ -187,11 +218,14 @@ class _Run:
         greedy = self.params.temperature <= 0
         token = int(_best_token(logits) if greedy else _next_token(logits, self.key, step, self.params))
         if token == INVALID:
-            raise BadInput(
-                f"the logits after token {len(self.seen)} are not finite numbers: "
-                "a weight of this model is NaN or infinite, or an activation overflowed"
-            )
+            raise self._not_finite()
         return token
+
+    def _not_finite(self) -> BadInput:
+        return BadInput(
+            f"the logits after token {len(self.seen)} are not finite numbers: "
+            "a weight of this model is NaN or infinite, or an activation overflowed"
+        )
 
 
 @jax.jit

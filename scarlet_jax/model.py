@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from scarlet_jax import attention, config, delta_net, ffn
+from scarlet_jax import attention, config, delta_net, ffn, sampling
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import implementations, matmul, norm
 from scarlet_jax.span import Span
@@ -187,6 +187,29 @@ def forward(weights, tokens, state, cfg) -> tuple[Array, State]:
     return logits, traced.state
 
 
+@functools.partial(jax.jit, static_argnames=("cfg", "block", "implementation"), donate_argnames="state")
+def _decode_program(weights, token, state, key, step, count, params, stops, cfg, block, implementation):
+    """A static number of steps, of which those past the end are padding: a trip count that the device decides
+    would bring the host back at every step. Tokens int32 (block,), meaningless past the end, and the state.
+    """  # noqa: D205
+
+    def advance(carry, i):
+        token, state, going = carry
+        going &= i < count
+        traced = _run_trunk(
+            weights, token[None, None], going.astype(jnp.int32)[None], state, None, cfg, False, implementation
+        )
+        eps = cfg.layer_norm_rms_epsilon
+        logits, _ = head(weights.output_norm, weights.output, traced.hidden[:, 0], eps, False, implementation)
+        drawn = sampling.sample(logits, jax.random.fold_in(key, step + i), params)[0]
+        token = jnp.where(going, drawn, token)
+        return (token, traced.state, going & ~jnp.any(token == stops)), token
+
+    token = jnp.asarray(token, jnp.int32)
+    (_, state, _), made = jax.lax.scan(advance, (token, state, jnp.bool_(True)), jnp.arange(block))
+    return made, state
+
+
 class Piece(NamedTuple):
     """A stretch of a batch, padded to a length that is compiled once: tokens (B, bucket), real ones (B,)."""
 
@@ -324,6 +347,45 @@ class Model:
     def logits(self, hidden: ArrayLike) -> Array:
         """Logits of hidden states: f32 (..., D) -> f32 (..., V)."""
         return self._head(hidden)[0]
+
+    def decode_block(
+        self,
+        token: int,
+        state: State,
+        key: Array,
+        step: int,
+        params: Any,
+        *,
+        stop: Sequence[int],
+        count: int,
+        block: int,
+    ) -> tuple[list[int], State]:
+        """Put one token through the model, sample the next, and so on `count` times (at most `block`), on the device.
+
+        Draw number `step` + i has the key `fold_in(key, step + i)`. The first of `stop`, or of sampling.INVALID,
+        is the last token returned. `state` is gone after, whatever became of the tokens.
+        """
+        length = int(state.length[0])
+        if length + count > self.context_length:
+            raise BadInput(f"tokens: {length + count} in all; the context holds {self.context_length}")
+        state = self._grown(state, length + count)
+        stops = jnp.array([sampling.INVALID, *stop], jnp.int32)
+        made, state = _decode_program(
+            self.weights,
+            token,
+            state,
+            key,
+            step,
+            count,
+            params,
+            stops,
+            self.config,
+            block,
+            self.implementation,
+        )
+        made = np.asarray(made)
+        ends = np.flatnonzero(np.isin(made[:count], [sampling.INVALID, *stop]))
+        return made[: ends[0] + 1 if len(ends) else count].tolist(), state
 
     def taps(self, tokens: Any, select: str | None = None) -> dict[str, np.ndarray]:
         """Every activation of one sequence under llama.cpp's name, in execution order, token axis first.
