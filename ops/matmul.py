@@ -21,14 +21,16 @@ Weight = jax.Array | np.ndarray | QTensor | Planes
 
 
 def linear(x: jax.Array, w: Weight, *, implementation: str = "auto") -> jax.Array:
-    """`x @ w.T`: f32 (..., in), w (out, in) packed, F32, F16 or BF16 -> f32 (..., out), times `w.scale` if any.
+    """`x @ w.T`: f32 (..., in), w (out, in) packed, F32, F16 or BF16 -> f32 (..., out).
+
+    Times `w.scale` and plus `w.bias`, where the weight has them.
 
     Products and sums are f32 on every device. `implementation` is a name in
     `implementations.IMPLEMENTATIONS` or "auto", static under jit. Raises BadInput, with the implementation's
     own reason, if one chosen by name cannot do it.
     """
     _check(x, w)
-    return _scaled(implementations.call("qmatmul", x, w, implementation=implementation), w)
+    return _completed(implementations.call("qmatmul", x, w, implementation=implementation), w)
 
 
 def linear_many(x: jax.Array, *ws: Weight) -> list[jax.Array]:
@@ -37,12 +39,12 @@ def linear_many(x: jax.Array, *ws: Weight) -> list[jax.Array]:
         return [linear(x, w) for w in ws]
     for w in ws:
         _check(x, w)
-    return [_scaled(y, w) for y, w in zip(implementations.call("qmatmul_many", x, ws), ws, strict=True)]
+    return [_completed(y, w) for y, w in zip(implementations.call("qmatmul_many", x, ws), ws, strict=True)]
 
 
-def has_scale(w: Weight) -> bool:
-    """Whether products with the weight are multiplied by a scale of its own."""
-    return isinstance(w, QTensor | Planes) and w.scale is not None
+def is_bare(w: Weight) -> bool:
+    """Whether products with the weight are all there is: no scale of its own and no bias."""
+    return not isinstance(w, QTensor | Planes) or (w.scale is None and w.bias is None)
 
 
 def embed(w: Weight, ids: jax.Array) -> jax.Array:
@@ -58,7 +60,7 @@ def embed(w: Weight, ids: jax.Array) -> jax.Array:
 
 
 def _embed_planes(w: Planes, ids: jax.Array) -> jax.Array:
-    rows = values(jax.tree.map(lambda plane: _rows(plane, ids.ravel()), dataclasses.replace(w, scale=None)))
+    rows = values(jax.tree.map(lambda plane: _rows(plane, ids.ravel()), dataclasses.replace(w, scale=None, bias=None)))
     return rows.reshape(*ids.shape, w.width)
 
 
@@ -72,6 +74,13 @@ def _check(x: jax.Array, w: Weight) -> None:
     chex.assert_equal(x.shape[-1], w.shape[-1])
 
 
+def _completed(y: jax.Array, w: Weight) -> jax.Array:
+    """A product, times the weight's own scale and plus its bias, if it has them."""
+    y = _scaled(y, w)
+    return y + w.bias if isinstance(w, QTensor | Planes) and w.bias is not None else y
+
+
 def _scaled(y: jax.Array, w: Weight) -> jax.Array:
     """Times the weight's own scale, one value, if it has one."""
-    return y * jnp.reshape(w.scale, ()).astype(jnp.float32) if has_scale(w) else y
+    has_scale = isinstance(w, QTensor | Planes) and w.scale is not None
+    return y * jnp.reshape(w.scale, ()).astype(jnp.float32) if has_scale else y

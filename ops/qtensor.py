@@ -26,12 +26,14 @@ class QTensor:
 
     `blocks` is uint8 of shape (..., out, row bytes); leading axes, if any, are experts. `qtype` is the
     GGUF type name, static under jit. `scale`, if given, is the GGUF's separate `X.scale` tensor, which
-    multiplies the result of a product with this weight (one value, or one an expert).
+    multiplies the result of a product with this weight (one value, or one an expert); `bias`, its `X.bias`,
+    f32 (out,), is added after that.
     """
 
     blocks: jax.Array | np.ndarray
     qtype: str = dataclasses.field(metadata={"static": True})
     scale: jax.Array | np.ndarray | None = None
+    bias: jax.Array | np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

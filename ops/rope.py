@@ -13,9 +13,10 @@ import numpy as np
 TIME, HEIGHT, WIDTH, EXTRA = range(4)
 
 
-def frequencies(dimension_count: int, base: float) -> np.ndarray:
-    """float64 (M,): radians a position turns each pair of dims by, base^(-2i / dimension_count)."""
-    return base ** (-np.arange(0, dimension_count, 2, dtype=np.float64) / dimension_count)
+def frequencies(dimension_count: int, base: float, factors: tuple[float, ...] = ()) -> np.ndarray:
+    """float64 (M,): radians a position turns each pair of dims by, base^(-2i / dimension_count) / factor."""
+    exponents = -np.arange(0, dimension_count, 2, dtype=np.float64) / dimension_count
+    return base**exponents / np.array(factors or 1.0)
 
 
 def components(kind: str, sections: tuple[int, ...], pairs: int) -> np.ndarray:

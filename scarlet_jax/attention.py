@@ -1,4 +1,4 @@
-"""Full softmax attention, gated or not (spec section 4, "Full attention")."""
+"""Full softmax attention, gated or not, with or without norms on its heads (spec section 4)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from scarlet_jax.types import Array, Weight
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Projections (out, in) and per-head norms (H,)."""
+    """Projections (out, in) and per-head norms (H,), where there are any."""
 
     attn_q: Weight
     attn_k: Weight
     attn_v: Weight
-    attn_q_norm: Array
-    attn_k_norm: Array
     attn_output: Weight
+    attn_q_norm: Array | None = None
+    attn_k_norm: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,13 +47,13 @@ def shapes(cfg: config.Attention, width: int) -> dict[str, tuple[int, ...]]:
     """File tensor name -> shape, for model width D."""
     queries = cfg.head_count * cfg.key_length
     keys = cfg.head_count_kv * cfg.key_length
+    norms = ("attn_q_norm.weight", "attn_k_norm.weight") if cfg.head_norm else ()
     return {
         "attn_q.weight": (queries * (2 if cfg.gated else 1), width),
         "attn_k.weight": (keys, width),
         "attn_v.weight": (keys, width),
-        "attn_q_norm.weight": (cfg.key_length,),
-        "attn_k_norm.weight": (cfg.key_length,),
         "attn_output.weight": (width, queries),
+        **dict.fromkeys(norms, (cfg.key_length,)),
     }
 
 
@@ -73,7 +73,7 @@ def _mix_at_once(
 ) -> tuple[Array, State]:
     """In three calls: the projections of x, all that follows them, and the last projection."""
     projected = linear_many(x, w.attn_q, w.attn_k, w.attn_v)
-    norms = (w.attn_q_norm, w.attn_k_norm)
+    norms = (w.attn_q_norm, w.attn_k_norm) if cfg.head_norm else (jnp.zeros(0),) * 2
     out, k, v = implementations.call(
         "attention",
         *(*projected, *norms, _angles(span.positions, cfg.rope), span.start, span.count, state.k, state.v),
@@ -121,12 +121,13 @@ def _heads(x: Array, heads: int) -> Array:
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
-def _head_norm(x: Array, weight: Array, eps: float, name: str) -> Array:
-    return tap(name, tap("norm", norm.rms(x, eps)) * weight)
+def _head_norm(x: Array, weight: Array | None, eps: float, name: str) -> Array:
+    """Heads (..., H) normed, if they have a norm."""
+    return x if weight is None else tap(name, tap("norm", norm.rms(x, eps)) * weight)
 
 
 def _angles(positions: Array, cfg: config.Rope) -> Array:
-    frequency = rope.frequencies(cfg.dimension_count, cfg.freq_base)
+    frequency = rope.frequencies(cfg.dimension_count, cfg.freq_base, cfg.freq_factors)
     component = rope.components(cfg.kind, cfg.dimension_sections, len(frequency))
     return rope.angles(positions, frequency, component)
 

@@ -18,18 +18,20 @@ class Rope:
     """Rotary position embedding of the first `dimension_count` dims of a head; the rest pass through.
 
     `kind` fixes the pairing of dims (norm: neighbours; the others: halves) and which component of a
-    (time, height, width, extra) position turns which pair (spec section 4, "Rope").
+    (time, height, width, extra) position turns which pair (spec section 4, "Rope"). `freq_factors`, one a
+    pair where there are any, divide the frequencies.
     """
 
     kind: Literal["norm", "neox", "mrope", "imrope"]
     dimension_count: int
     freq_base: float
     dimension_sections: tuple[int, ...] = ()
+    freq_factors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Full softmax attention with grouped key-value heads and a norm on every query and key head."""
+    """Full softmax attention with grouped key-value heads."""
 
     head_count: int
     head_count_kv: int
@@ -37,6 +39,7 @@ class Attention:
     rope: Rope
     layer_norm_rms_epsilon: float
     gated: bool  # `attn_q` holds, per head, the query rows and then as many rows of output gate
+    head_norm: bool = True  # an RMS norm on every query and key head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,13 @@ class Config:
     layer_norm_rms_epsilon: float
     blocks: tuple[Block, ...]
     nextn: tuple[Block, ...] = ()  # multi-token-prediction blocks, after the trunk's in the file
+    taps: tuple[
+        tuple[str, str], ...
+    ] = ()  # our name of an activation, and this architecture's, where it differs
+
+    def tap_name(self, name: str) -> str:
+        """What an activation of this architecture is called in a dump."""
+        return dict(self.taps).get(name, name)
 
 
 class Metadata(Protocol):
@@ -126,6 +136,10 @@ class Metadata(Protocol):
         """An array of strings."""
         ...
 
+    def table(self, tensor: str, length: int) -> tuple[float, ...]:
+        """The `length` values of a small tensor, or () where the file has none of that name."""
+        ...
+
     def require(self, condition: bool, key: str, expected: str) -> None:
         """Raise unless `condition` holds: for values that do not fit together."""
         ...
@@ -140,7 +154,7 @@ class Arch:
     """An architecture as data: how its metadata becomes a Config, and what its tensors are called.
 
     `names` gives, for a tensor name within a block as the engine knows it, the file's own where the two
-    differ; `ignored` are patterns of tensor names that a file may hold and the engine does not need.
+    differ; `ignored` are patterns of tensor names that a file may hold and no layer needs.
     """
 
     name: str

@@ -8,7 +8,7 @@ import jax
 
 from scarlet_jax import config, layers
 from scarlet_jax.ops import implementations
-from scarlet_jax.ops.matmul import has_scale, linear
+from scarlet_jax.ops.matmul import is_bare, linear
 from scarlet_jax.taps import tap
 from scarlet_jax.types import Array, Weight
 
@@ -38,7 +38,7 @@ def shapes(cfg: config.Dense, width: int) -> dict[str, tuple[int, ...]]:
 
 def feed_forward(w: Weights, x: Array, *, cfg: config.Dense) -> Array:
     """f32 (B, T, D), normed -> f32 (B, T, D)."""
-    if any(has_scale(part) for part in (w.ffn_gate, w.ffn_up, w.ffn_down)):  # the kernels know no scales
+    if not all(map(is_bare, (w.ffn_gate, w.ffn_up, w.ffn_down))):  # the kernels know no scales and biases
         return _by_steps(w, x, cfg=cfg)
     return layers.run("ffn", _at_once, _by_steps, w, x, cfg=cfg)
 

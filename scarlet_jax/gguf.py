@@ -130,12 +130,16 @@ class Metadata(Mapping[str, Any]):
 
     Values are python scalars and strings, list[str] for arrays of strings, and numpy arrays for arrays of
     numbers. The typed look-ups raise BadInput naming the file and the key when the value is of another type,
-    or when the key is absent and no default is given.
+    or when the key is absent and no default is given. `tensors` are the file's: some that are small are as
+    good as metadata (`table`).
     """
 
-    def __init__(self, values: Mapping[str, Any], source: Path | str) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], source: Path | str, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._values = values
         self._source = source
+        self._tensors = tensors if tensors is not None else {}
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
@@ -175,6 +179,16 @@ class Metadata(Mapping[str, Any]):
             self._require(value.dtype.kind in "iub" and value.shape == (length,), key, value, expected)
             return tuple(int(element) for element in value)
         return (int(self._require(isinstance(value, int), key, value, expected)),) * length
+
+    def table(self, tensor: str, length: int) -> tuple[float, ...]:
+        """The `length` values of an F32 tensor, all above zero, or () where the file has none of that name."""
+        found = self._tensors.get(tensor)
+        if found is None:
+            return ()
+        if found.qtype != "F32" or found.shape != (length,) or not (found.array() > 0).all():
+            what = f"{found.qtype} of shape {found.shape}"
+            raise BadInput(f"{self._source}: {tensor} is {what}, expected {length} F32 values above 0")
+        return tuple(map(float, found.array()))
 
     def require(self, condition: bool, key: str, expected: str) -> None:
         """Raise BadInput, saying what the key is and what was expected, unless `condition` holds."""
@@ -219,7 +233,8 @@ def read(path: str | Path) -> Gguf:
         return given
     paths = _part_paths(path, count)
     parts = [given if part == path else _read_file(part) for part in paths]
-    return Gguf(path, parts[0].metadata, _join(parts))
+    tensors = _join(parts)
+    return Gguf(path, Metadata(parts[0].metadata, parts[0].path, tensors), tensors)
 
 
 # --- Split sets --------------------------------------------------------------------------------------------
@@ -267,11 +282,11 @@ def _read_file(path: Path) -> Gguf:
     _check_version(cursor)
     tensor_count = cursor.count("tensors", smallest=8 + 4 + 8 + 4 + 8)  # name, dims, one dim, type, offset
     value_count = cursor.count("metadata values", smallest=8 + 4 + 1)  # key, type, one byte
-    metadata = Metadata(_read_metadata(cursor, value_count), path)
+    tensors: dict[str, Tensor] = {}
+    metadata = Metadata(_read_metadata(cursor, value_count), path, tensors)
     infos = [_read_tensor_info(cursor, index) for index in range(tensor_count)]
     alignment = _alignment(metadata, path)
     start = cursor.at + -cursor.at % alignment
-    tensors: dict[str, Tensor] = {}
     for info in infos:
         if info.name in tensors:
             raise cursor.bad(f"tensor {_quote(info.name)} occurs twice")

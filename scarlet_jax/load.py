@@ -43,7 +43,7 @@ def weights(file: gguf.Gguf, arch: Arch, cfg: Config) -> Weights:
     """The weight pytree of a Config; one BadInput lists every missing, misshapen or unknown tensor."""
     tensors = _Tensors(file, arch)
     table = (cfg.vocabulary_size, cfg.embedding_length)
-    token_embd = tensors.weight("token_embd.weight", table)
+    token_embd = tensors.weight("token_embd.weight", table, biased=False)
     loaded = Weights(
         token_embd=token_embd,
         blocks=tuple(_block(tensors, i, block, cfg.embedding_length) for i, block in enumerate(cfg.blocks)),
@@ -78,13 +78,13 @@ class _Tensors:
         self._problems: list[str] = []
 
     def group(self, prefix: str, module: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
-        """A mixer's or network's Weights: fields annotated Array in f32, those annotated Weight as stored."""
+        """A mixer's or network's Weights: fields annotated Weight as stored, any others in f32."""
         taken = self._split_fused(prefix, module.FUSED, shapes)
         kinds = {field.name: field.type for field in dataclasses.fields(module.Weights)}
         for name, shape in shapes.items():
             stem = name.split(".")[0]
             if stem not in taken:
-                take = self.array if kinds[stem] == "Array" else self.weight
+                take = self.weight if kinds[stem] == "Weight" else self.array
                 taken[stem] = take(prefix + name, shape)
         return module.Weights(**taken)
 
@@ -99,15 +99,22 @@ class _Tensors:
                     taken[part.split(".")[0]] = self.weight(prefix + whole, shape, slice(start, stop))
         return taken
 
-    def weight(self, name: str, shape: tuple[int, ...], rows: slice = slice(None)) -> Any:
-        """A matrix, or some rows of it, as the file stores it: floats as an array, any other type packed."""
+    def weight(
+        self, name: str, shape: tuple[int, ...], rows: slice = slice(None), biased: bool = True
+    ) -> Any:
+        """A matrix, or some rows of it, as the file stores it: floats as an array, any other type packed.
+
+        With the scale and, if it may be `biased`, the bias that the file has beside it.
+        """
         tensor = self._take(name, shape)
         if tensor is None:
             return None
-        scale = self._scale(name)
-        if tensor.qtype in FLOATS and scale is None:
+        scale = self._beside(name, "scale", (1,))
+        bias = self._beside(name, "bias", (shape[-2],)) if biased else None
+        if tensor.qtype in FLOATS and scale is None and bias is None:
             return _place(tensor, tensor.array()[rows])
-        return QTensor(_place(tensor, tensor.data[rows]), tensor.qtype, scale)
+        bias = bias if bias is None else bias[rows]
+        return QTensor(_place(tensor, tensor.data[rows]), tensor.qtype, scale, bias)
 
     def array(self, name: str, shape: tuple[int, ...]) -> Any:
         """A vector or a small table, in f32."""
@@ -119,13 +126,18 @@ class _Tensors:
             return None
         return jnp.asarray(tensor.array(), jnp.float32)
 
-    def _scale(self, name: str) -> jax.Array | None:
-        """The factor stored beside a weight, `X.scale` for `X.weight`, or None."""
-        scale = name.removesuffix(".weight") + ".scale"
-        return self.array(scale, (1,)) if scale in self._file.tensors else None
+    def _beside(self, name: str, kind: str, shape: tuple[int, ...]) -> jax.Array | None:
+        """What is stored beside a weight, `X.scale` or `X.bias` for `X.weight`, or None."""
+        other = f"{name.removesuffix('.weight')}.{kind}"
+        return self.array(other, shape) if self._file_name(other) in self._file.tensors else None
+
+    def _file_name(self, name: str) -> str:
+        """The file's own name of a tensor: where it differs from ours, it does so in every block."""
+        within = re.sub(r"^blk\.\d+\.", "", name)
+        return name.removesuffix(within) + self._names.get(within, within)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> gguf.Tensor | None:
-        name = self._names.get(name, name)
+        name = self._file_name(name)
         tensor = self._file.tensors.get(name)
         self._unused.discard(name)
         if tensor is None:

@@ -162,14 +162,14 @@ def _run_trunk(weights, tokens, count, state, positions, cfg, tapped, implementa
     if positions is not None:
         span = dataclasses.replace(span, positions=positions)
     x = embed(weights.token_embd, tokens)
-    seen = {"model.input_embed": x} if tapped else {}
+    seen = {cfg.tap_name("model.input_embed"): x} if tapped else {}
     states = []
     for i, (w, mixer_state, block_cfg) in enumerate(
         zip(weights.blocks, state.blocks, cfg.blocks, strict=True)
     ):
         x, mixer_state, taps = step(w, x, mixer_state, span, block_cfg, tapped, implementation)
         states.append(mixer_state)
-        seen |= {f"{name}-{i}": value for name, value in taps.items()}
+        seen |= {f"{cfg.tap_name(name)}-{i}": value for name, value in taps.items()}
     return Traced(x, State(tuple(states), state.length + count), seen)
 
 

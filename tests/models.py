@@ -34,6 +34,32 @@ SHAPES = {
     ),
 }  # fmt: skip
 
+# Attention and a dense network in every layer, a bias wherever llama.cpp takes one.
+DENSE_SHAPES = {
+    "qwen3": Shape(
+        arch="qwen3", block_count=3, embedding_length=80, feed_forward_length=112, vocab_size=331, tied=False,
+        head_count=6, head_count_kv=2, key_length=48, dimension_count=48, freq_base=1e4,
+    ),
+    "qwen2": Shape(
+        arch="qwen2", block_count=2, embedding_length=96, feed_forward_length=64, vocab_size=347, tied=True,
+        head_count=3, head_count_kv=1, key_length=32, dimension_count=32, freq_base=5e5,
+        biases=("attn_q", "attn_k", "attn_v"), alignment=128,
+    ),
+    "qwen2-fused": Shape(
+        arch="qwen2", block_count=1, embedding_length=120, feed_forward_length=144, vocab_size=353, tied=False,
+        head_count=5, head_count_kv=5, key_length=24, dimension_count=24, fused_qkv=True, biases=("attn_qkv",),
+    ),
+    "llama": Shape(
+        arch="llama", block_count=3, embedding_length=64, feed_forward_length=144, vocab_size=359, tied=False,
+        head_count=4, head_count_kv=2, key_length=40, dimension_count=40, freq_base=5e5, freq_factors=True,
+        biases=("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    ),
+    "llama-tied": Shape(
+        arch="llama", block_count=2, embedding_length=72, feed_forward_length=96, vocab_size=367, tied=True,
+        head_count=3, head_count_kv=3, key_length=24, dimension_count=24, layer_norm_rms_epsilon=1e-5,
+    ),
+}  # fmt: skip
+
 # Rows of a multiple of 256, so that every block format fits.
 PACKABLE = Shape(
     block_count=4, full_attention_interval=2, embedding_length=256, feed_forward_length=512,

@@ -1,4 +1,4 @@
-"""The judge: a plain float64 numpy forward of a qwen35 GGUF, from the spec, sharing no code of ours.
+"""The judge: a plain float64 numpy forward of a GGUF, from the spec, sharing no code of ours.
 
 `forward(path, tokens)` gives the logits and every tap of llama.cpp, in the conventions of the dump: token
 axis first, then the natural axes slow to fast. Clarity before speed: the delta rule runs token by token,
@@ -67,6 +67,30 @@ def _dequantize(data: np.ndarray, type_id: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class Family:
+    """What the file does not say but its architecture's name (section 1, "Comparison archs")."""
+
+    rope: str  # which dims rotate together, and by which position
+    gated: bool = False
+    ffn_norm: str = "ffn_norm"
+    taps: Mapping[str, str] = dataclasses.field(default_factory=dict)  # llama.cpp's names, where not qwen35's
+
+
+QWEN35 = Family("imrope", gated=True, ffn_norm="post_attention_norm")
+_PLAIN_TAPS = {
+    "model.input_embed": "embd",
+    "attn_pregate": "kqv_out",
+    "attn_residual": "ffn_inp",
+    "attn_post_norm": "ffn_norm",
+}
+FAMILIES = {
+    "qwen3": Family("neox", taps=_PLAIN_TAPS),
+    "qwen2": Family("neox", taps=_PLAIN_TAPS),
+    "llama": Family("norm", taps=_PLAIN_TAPS | {"attn_output": "attn_out"}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """Metadata and weights. Replace either with a dict of your own to ask "what if"."""
 
@@ -85,8 +109,17 @@ class Model:
         return self.weights.get(f"{name}.scale", np.ones(1))
 
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
-        """W x, scaled."""
-        return x @ self.weights[f"{name}.weight"].T * self.scale(name)
+        """W x, scaled, plus its bias if it has one."""
+        return x @ self.weights[f"{name}.weight"].T * self.scale(name) + self.bias(name)
+
+    def bias(self, name: str) -> np.ndarray:
+        """What is added to a product with weight `name`."""
+        return self.weights.get(f"{name}.bias", np.zeros(1))
+
+    @property
+    def family(self) -> Family:
+        """What the name of the architecture settles."""
+        return FAMILIES.get(self.metadata["general.architecture"], QWEN35)
 
     @property
     def trunk_layers(self) -> int:
@@ -95,6 +128,8 @@ class Model:
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether a trunk layer is a delta net: by the list if there is one, else by the interval."""
+        if self.key("ssm.conv_kernel", 0) == 0:
+            return False
         listed = self.key("attention.recurrent_layers", [])
         return bool(listed[layer]) if listed else (layer + 1) % self.key("full_attention_interval", 4) != 0
 
@@ -145,13 +180,41 @@ def rope_component(pair: int, sections: Sequence[int]) -> int:
     return 3
 
 
+def rope_angles(
+    positions: np.ndarray, rotary: int, sections: Sequence[int], base: float, factors: np.ndarray | float = 1
+) -> np.ndarray:
+    """What positions (4, T) turn each pair by, (T, rotary/2); without sections, all by the first."""
+    half = rotary // 2
+    component = [rope_component(i, sections) if len(sections) else 0 for i in range(half)]
+    return positions[component].T * base ** (-2 * np.arange(half) / rotary) / factors
+
+
+def rope_adjacent(
+    x: np.ndarray,
+    positions: np.ndarray,
+    rotary: int,
+    sections: Sequence[int],
+    base: float,
+    *factors: np.ndarray,
+) -> np.ndarray:
+    """Turn x (T, heads, H) by positions (4, T): dims 2i and 2i + 1 pair up, those >= rotary pass."""
+    angle = rope_angles(positions, rotary, sections, base, *factors)
+    turned = (x[..., 0:rotary:2] + 1j * x[..., 1:rotary:2]) * np.exp(1j * angle)[:, None]
+    pairs = np.stack([turned.real, turned.imag], axis=-1).reshape(*x.shape[:-1], rotary)
+    return np.concatenate([pairs, x[..., rotary:]], axis=-1)
+
+
 def rope(
-    x: np.ndarray, positions: np.ndarray, rotary: int, sections: Sequence[int], base: float
+    x: np.ndarray,
+    positions: np.ndarray,
+    rotary: int,
+    sections: Sequence[int],
+    base: float,
+    *factors: np.ndarray,
 ) -> np.ndarray:
     """Turn x (T, heads, H) by positions (4, T): dims i and i + rotary/2 pair up, those >= rotary pass."""
     half = rotary // 2
-    component = [rope_component(i, sections) for i in range(half)]
-    angle = positions[component].T * base ** (-2 * np.arange(half) / rotary)  # (T, half)
+    angle = rope_angles(positions, rotary, sections, base, *factors)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     a, b, rest = np.split(x, [half, rotary], axis=-1)
     return np.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
@@ -234,8 +297,9 @@ class _Taps(dict):
     recorded here.
     """
 
-    def __init__(self, start: int) -> None:
+    def __init__(self, start: int, names: Mapping[str, str]) -> None:
         self.start = start
+        self.names = names
 
     def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
         """Record an array whose first axis is tokens."""
@@ -244,7 +308,8 @@ class _Taps(dict):
 
     def state(self, name: str, x: np.ndarray) -> None:
         """Record an array that has no token axis."""
-        self[name] = x
+        stem, *layer = name.split("-")
+        self["-".join([self.names.get(stem, stem), *layer])] = x
 
 
 def forward(
@@ -264,7 +329,8 @@ def forward(
     if positions is None:
         text = np.arange(len(tokens))
         positions = np.stack([text, text, text, 0 * text])
-    tap, eps, weights = _Taps(start), model.key("attention.layer_norm_rms_epsilon"), model.weights
+    eps, weights, family = model.key("attention.layer_norm_rms_epsilon"), model.weights, model.family
+    tap = _Taps(start, family.taps)
 
     embedding = weights["token_embd.weight"]
     x = tap("model.input_embed", embedding[np.asarray(tokens)])
@@ -275,7 +341,7 @@ def forward(
         )
         x = tap(f"attn_residual-{i}", x + mixed)
         normed = tap(f"norm-{i}", rms(x, eps))
-        h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.post_attention_norm.weight"])
+        h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.{family.ffn_norm}.weight"])
         x = tap(f"l_out-{i}", x + ffn(model, h, i, tap))
     x = tap("norm", rms(x, eps)) * weights["output_norm.weight"]
     tap("h_nextn", x)
@@ -293,40 +359,53 @@ def ffn(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
 
 
 def ffn_half(model: Model, stem: str, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
-    """Gate or up. llama.cpp taps the bare product, and again once a separate scale has been applied."""
-    bare = tap(f"{stem}-{i}", h @ model.weights[f"blk.{i}.{stem}.weight"].T)
-    is_scaled = f"blk.{i}.{stem}.scale" in model.weights
-    return tap(f"{stem}_s-{i}", bare * model.scale(f"blk.{i}.{stem}")) if is_scaled else bare
+    """Gate or up. llama.cpp taps the bare product, and again with a separate scale or a bias applied."""
+    name = f"blk.{i}.{stem}"
+    y = tap(f"{stem}-{i}", h @ model.weights[f"{name}.weight"].T)
+    if f"{name}.scale" in model.weights:
+        y = tap(f"{stem}_s-{i}", y * model.scale(name))
+    return tap(f"{stem}_b-{i}", y + model.bias(name)) if f"{name}.bias" in model.weights else y
 
 
 def attention(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
-    """Full attention with a sigmoid gate on each head's output: h (T, D) -> (T, D)."""
-    T, eps = len(h), model.key("attention.layer_norm_rms_epsilon")
-    H, N = model.key("attention.key_length"), model.key("attention.head_count", layer=i)
+    """Full attention, perhaps with a sigmoid gate on each head's output: h (T, D) -> (T, D)."""
+    T, N, gated = len(h), model.key("attention.head_count", layer=i), model.family.gated
+    H = model.key("attention.key_length", h.shape[1] // N)
     K = model.key("attention.head_count_kv", N, layer=i)
     rotary = model.key("rope.dimension_count", H)
-    sections, base = model.key("rope.dimension_sections"), model.key("rope.freq_base", 10000.0)
+    sections = model.key("rope.dimension_sections") if model.family.rope == "imrope" else []
     assert model.key("rope.scaling.factor", 1.0) in (0, 1), "rope scaling is not written here"
+    factors = [model.weights["rope_freqs.weight"]] if "rope_freqs.weight" in model.weights else []
+    rotation = (positions, rotary, sections, model.key("rope.freq_base", 10000.0), *factors)
+    turn = rope_adjacent if model.family.rope == "norm" else rope
 
-    full, key, value = project_qkv(model, h, i, [2 * N * H, K * H, K * H], tap)
+    full, key, value = project_qkv(model, h, i, [(2 if gated else 1) * N * H, K * H, K * H], tap)
     tap(f"Qcur_full-{i}", full)
-    query, gate = query_and_gate(full.reshape(T, N, 2 * H))
+    query, gate = query_and_gate(full.reshape(T, N, -1)) if gated else (full.reshape(T, N, H), None)
     key, value = key.reshape(T, K, H), tap(f"Vcur-{i}", value.reshape(T, K, H))
 
     tap(f"Qcur_reshaped-{i}", query)
-    query = tap(f"Qcur_normed-{i}", rms(query, eps) * model.weights[f"blk.{i}.attn_q_norm.weight"])
-    query = tap(f"Qcur-{i}", rope(query, positions, rotary, sections, base))
-    key = tap(f"Kcur_normed-{i}", rms(key, eps) * model.weights[f"blk.{i}.attn_k_norm.weight"])
-    key = tap(f"Kcur-{i}", rope(key, positions, rotary, sections, base))
+    query = tap(f"Qcur-{i}", turn(head_norm(model, query, "Q", i, tap), *rotation))
+    key = tap(f"Kcur-{i}", turn(head_norm(model, key, "K", i, tap), *rotation))
 
     read = kv_head(np.arange(N), N, K)
     scores = tap(f"kq-{i}", np.einsum("tnh,snh->tns", query, key[:, read]))
     probabilities = tap(f"kq_soft_max-{i}", causal_softmax(scores * attention_scale(H)))
     heads = tap(f"kqv-{i}", np.einsum("tns,snh->tnh", probabilities, value[:, read]))
     heads = tap(f"attn_pregate-{i}", heads.reshape(T, N * H))
-    gate = tap(f"gate_reshaped-{i}", gate.reshape(T, N * H))
-    gated = tap(f"attn_gated-{i}", heads * tap(f"gate_sigmoid-{i}", sigmoid(gate)))
-    return tap(f"attn_output-{i}", model.linear(f"blk.{i}.attn_output", gated))
+    if gate is not None:
+        gate = tap(f"gate_reshaped-{i}", gate.reshape(T, N * H))
+        heads = tap(f"attn_gated-{i}", heads * tap(f"gate_sigmoid-{i}", sigmoid(gate)))
+    return tap(f"attn_output-{i}", model.linear(f"blk.{i}.attn_output", heads))
+
+
+def head_norm(model: Model, x: np.ndarray, which: str, i: int, tap: _Taps) -> np.ndarray:
+    """Heads (T, heads, H) of queries or keys, normed if the file has a norm for them."""
+    name = f"blk.{i}.attn_{which.lower()}_norm.weight"
+    if name not in model.weights:
+        return x
+    eps = model.key("attention.layer_norm_rms_epsilon")
+    return tap(f"{which}cur_normed-{i}", rms(x, eps) * model.weights[name])
 
 
 def project_qkv(model: Model, h: np.ndarray, i: int, widths: list[int], tap: _Taps) -> list[np.ndarray]:

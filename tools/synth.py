@@ -42,7 +42,8 @@ class Shape:
     All axes are free. `recurrent_layers`, where given, lists the delta net layers, and then
     `full_attention_interval` is not written. `fused_qkv` stores a full attention layer's q, k and v as one
     tensor; `scales` adds an `X.scale` tensor to each weight; `nextn_predict_layers` adds prediction blocks
-    after the `block_count` trunk layers (the file's own count is their sum).
+    after the `block_count` trunk layers (the file's own count is their sum). `biases` are the roles that
+    have one; `freq_factors` adds the table that divides llama's rotary frequencies.
     """
 
     arch: str = "qwen35"
@@ -68,6 +69,8 @@ class Shape:
     tied: bool = True
     fused_qkv: bool = False
     scales: bool = False
+    biases: tuple[str, ...] = ()
+    freq_factors: bool = False
     alignment: int = 32
 
     @property
@@ -117,6 +120,11 @@ SIZES = {
     ("qwen35", "4b"): _published(32, 2560, 9216, 16, 4, 32, tied=True),
     ("qwen35", "9b"): _published(32, 4096, 12288, 16, 4, 32, tied=False),
     ("qwen35", "27b"): _published(64, 5120, 17408, 24, 4, 48, tied=False),
+    ("qwen3", "tiny"): Shape(arch="qwen3", dimension_count=64),
+    ("qwen2", "tiny"): Shape(
+        arch="qwen2", head_count=4, dimension_count=64, biases=("attn_q", "attn_k", "attn_v")
+    ),
+    ("llama", "tiny"): Shape(arch="llama", head_count=4, dimension_count=64, tied=False, freq_factors=True),
 }
 
 
@@ -173,6 +181,10 @@ def _around(mean: float, spread: float = 0.2) -> Draw:
         return np.float32(mean) * (1 + np.float32(spread) * rng.standard_normal(shape, np.float32))
 
     return draw
+
+
+def _spread(deviation: float) -> Draw:
+    return lambda rng, shape: np.float32(deviation) * rng.standard_normal(shape, np.float32)
 
 
 def _decay(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -303,7 +315,69 @@ class Arch:
     tensors: Callable[[Shape], Iterator[tuple[str, tuple[int, ...], Draw]]]
 
 
-ARCHS = {"qwen35": Arch(_qwen35_metadata, _qwen35_tensors)}
+def _plain_attention(s: Shape, out_gain: float, *, head_norm: bool) -> Stems:
+    """Attention without an output gate."""
+    d, width = s.key_length, s.embedding_length
+    q, kv = s.head_count * d, s.head_count_kv * d
+    rows = {"attn_qkv": q + 2 * kv} if s.fused_qkv else {"attn_q": q, "attn_k": kv, "attn_v": kv}
+    norms = ("attn_q_norm.weight", "attn_k_norm.weight") if head_norm else ()
+    return {
+        **{f"{stem}.weight": ((n, width), _matrix()) for stem, n in rows.items()},
+        **{name: ((d,), _around(1.5)) for name in norms},
+        "attn_output.weight": ((width, q), _matrix(out_gain)),
+    }
+
+
+def _with_biases(s: Shape, stems: Stems) -> Stems:
+    """And a bias beside each weight of those roles."""
+    biases = {f"{role}.bias": ((stems[f"{role}.weight"][0][0],), _spread(0.5)) for role in s.biases}
+    return stems | biases
+
+
+def _decoder_tensors(s: Shape, *, head_norm: bool) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
+    """Attention and a dense network in every layer."""
+    width = s.embedding_length
+    out_gain = 2 * RESIDUAL / math.sqrt(2 * s.block_count)
+    yield "token_embd.weight", (s.vocab_size, width), _matrix(LOGIT_SPREAD)
+    if s.freq_factors:
+        yield "rope_freqs.weight", (s.dimension_count // 2,), _around(3.0)
+    for i in range(s.block_count):
+        norms = {f"{stem}.weight": ((width,), _around(1.0)) for stem in ("attn_norm", "ffn_norm")}
+        layer = _plain_attention(s, out_gain, head_norm=head_norm) | _dense_ffn(s, out_gain)
+        for stem, (shape, draw) in (norms | _with_biases(s, layer)).items():
+            yield f"blk.{i}.{stem}", shape, draw
+    yield "output_norm.weight", (width,), _around(1.0)
+    if not s.tied:
+        yield "output.weight", (s.vocab_size, width), _matrix(LOGIT_SPREAD)
+
+
+def _decoder_metadata(s: Shape) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "block_count": s.block_count,
+        "context_length": s.context_length,
+        "embedding_length": s.embedding_length,
+        "feed_forward_length": s.feed_forward_length,
+        "attention.head_count": s.head_count,
+        "attention.head_count_kv": s.head_count_kv,
+        "attention.key_length": s.key_length,
+        "attention.value_length": s.key_length,
+        "attention.layer_norm_rms_epsilon": s.layer_norm_rms_epsilon,
+        "rope.dimension_count": s.dimension_count,
+        "rope.freq_base": s.freq_base,
+    }
+    return {f"{s.arch}.{key}": value for key, value in keys.items()}
+
+
+def _decoder(*, head_norm: bool) -> Arch:
+    return Arch(_decoder_metadata, lambda s: _decoder_tensors(s, head_norm=head_norm))
+
+
+ARCHS = {
+    "qwen35": Arch(_qwen35_metadata, _qwen35_tensors),
+    "qwen3": _decoder(head_norm=True),
+    "qwen2": _decoder(head_norm=False),
+    "llama": _decoder(head_norm=False),
+}
 
 
 # ------------------------------------------------------------------------------

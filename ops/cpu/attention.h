@@ -64,13 +64,22 @@ static void load_as(QType type, const uint8_t* from, int64_t n, float* to) {
 
 // --- before: norms, rotation, the new keys and values -------------------------------------------------
 
-// to = x / rms(x) * weight, its first 2M dims rotated by the angles whose cosines and sines are given.
-static void norm_and_turn(const Attention& a, const float* x, const float* weight, const float* cosine,
-                          const float* sine, float* to) {
+// to = x / rms(x) * weight
+static void head_norm(const Attention& a, const float* x, const float* weight, float* to) {
   const F factor = Simd::set1(1 / std::sqrt(sum_of_squares(x, a.dim) / static_cast<float>(a.dim) + a.eps));
   for (int64_t i = 0; i < a.dim; i += W) {
     const F normed = Simd::mul(load_upto(x + i, a.dim - i), factor);
     Simd::store(to + i, Simd::mul(normed, load_upto(weight + i, a.dim - i)));
+  }
+}
+
+// to = x, normed if heads are, its first 2M dims rotated by the angles whose cosines and sines are given.
+static void norm_and_turn(const Attention& a, const float* x, const float* weight, const float* cosine,
+                          const float* sine, float* to) {
+  if (a.normed) {
+    head_norm(a, x, weight, to);
+  } else {
+    for (int64_t i = 0; i < a.dim; i += W) Simd::store(to + i, load_upto(x + i, a.dim - i));
   }
   const int64_t step = a.adjacent ? 2 : 1, apart = a.adjacent ? 1 : a.pairs;
   for (int64_t i = 0; i < a.pairs; i++) {

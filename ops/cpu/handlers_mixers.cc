@@ -153,8 +153,10 @@ ffi::Error attention(Buffer q, Buffer k, Buffer v, Buffer q_norm, Buffer k_norm,
     a.q = floats("q", q, {B, T, a.heads * row});
     a.k = floats("k", k, {B, T, K * H});
     a.v = floats("v", v, {B, T, K * H});
-    a.q_norm = floats("q_norm", q_norm, {H});
-    a.k_norm = floats("k_norm", k_norm, {H});
+    const int64_t normed = dim(q_norm, 0) > 0 ? H : 0;
+    a.q_norm = floats("q_norm", q_norm, {normed});
+    a.k_norm = floats("k_norm", k_norm, {normed});
+    a.normed = normed > 0;
     a.angle = floats("angle", angle, {B, T, a.pairs});
     a.count = lengths("count", count, B, 0, T);
     a.start = lengths("start", start, B, 0, a.slots);

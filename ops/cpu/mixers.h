@@ -38,6 +38,7 @@ struct Attention {
   int64_t batch, tokens, slots, heads, kv_heads, dim, pairs;
   bool gated;     // q holds, a head, H of query and then H of gate
   bool adjacent;  // dims 2i and 2i+1 rotate together, else i and i+M
+  bool normed;    // heads have norms
   float eps, scale;
   QType cache_type;             // F32, F16 or BF16
   const int32_t *start, *count; // (B)

@@ -63,10 +63,10 @@ def attention(
     """Head norms, rotation, the new keys and values into the cache, causal softmax attention, output gate.
 
     q f32 (B, T, N H), or `gated`, a head's H of query before its H of gate, (B, T, N 2H); k and v (B, T, K H);
-    q_norm and k_norm (H,); angle (B, T, M) for the first 2M dims, paired as in `rope.rotate`; int32 (B,)
-    `start`, the slot of the first token, and `count`, how many of the T are real; caches (B, S, K, H) of
-    f32, f16 or bf16, with room for them all. Returns f32 (B, T, N H), zero for padding, and the caches, in
-    place where the caller gives the old ones up.
+    q_norm and k_norm (H,), or (0,) for heads without a norm; angle (B, T, M) for the first 2M dims, paired as
+    in `rope.rotate`; int32 (B,) `start`, the slot of the first token, and `count`, how many of the T are real;
+    caches (B, S, K, H) of f32, f16 or bf16, with room for them all. Returns f32 (B, T, N H), zero for padding,
+    and the caches, in place where the caller gives the old ones up.
     """
     chex.assert_equal_shape((k_cache, v_cache))
     dim = k_cache.shape[-1]

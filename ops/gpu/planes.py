@@ -55,7 +55,7 @@ class Layout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Planes:
-    """A weight (out, in) in planes: arrays (out, stretches, ...), `scale` as in QTensor.
+    """A weight (out, in) in planes: arrays (out, stretches, ...), `scale` and `bias` as in QTensor.
 
     `codes` are uint8 (..., 32 b), a plane for each width; the scales (..., k) with k of 1, 8 or 16.
     """
@@ -68,6 +68,7 @@ class Planes:
     qtype: str = dataclasses.field(metadata={"static": True})
     width: int = dataclasses.field(metadata={"static": True})
     scale: Any = None
+    bias: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,6 +104,7 @@ def pack(w: QTensor) -> Planes:
         qtype=w.qtype,
         width=width,
         scale=w.scale,
+        bias=w.bias,
     )
 
 

@@ -222,7 +222,7 @@ def attention_by_definition(arrays, *, gated, adjacent, eps):
     out = np.zeros((B, T, N, H))
 
     def turned(x, weight, angle):
-        x = x / np.sqrt((x**2).mean() + eps) * weight
+        x = x / np.sqrt((x**2).mean() + eps) * weight if len(weight) else x.copy()
         M = len(angle)
         first = np.arange(0, 2 * M, 2) if adjacent else np.arange(M)
         second = first + (1 if adjacent else M)
@@ -272,6 +272,8 @@ def test_attention(random, sizes):
 def test_attention_that_rotates_neighbours(random):
     arrays, options = attention_inputs(random, *ATTENTIONS["plain"])
     assert_attention(arrays, options | {"adjacent": True})
+    none = np.zeros(0, np.float32)
+    assert_attention(arrays | {"q_norm": none, "k_norm": none}, options)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,0 +1,92 @@
+"""What decoder architectures say in the same words: heads, widths, rotation, and the blocks' frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from scarlet_jax.config import Arch, Attention, Block, Config, Dense, Metadata, Rope
+
+# Most architectures: the file's name of the norm before the feed-forward network, and llama.cpp's of activations.
+NAMES = {"post_attention_norm.weight": "ffn_norm.weight"}
+TAPS = (
+    *(("model.input_embed", "embd"), ("attn_pregate", "kqv_out")),
+    *(("attn_residual", "ffn_inp"), ("attn_post_norm", "ffn_norm")),
+)
+
+
+def arch(name: str, block: Callable[[Metadata, int], Block]) -> Arch:
+    """An architecture of the usual frame and names, `block` saying what its i-th layer is."""
+    return Arch(name, lambda meta: config(meta, name, block), NAMES, ignored=(r".*\.input_scale",))
+
+
+def config(meta: Metadata, name: str, block: Callable[[Metadata, int], Block]) -> Config:
+    """The whole model, from the keys under the architecture's name."""
+    blocks = meta.integer(f"{name}.block_count")
+    meta.require(blocks > 0, f"{name}.block_count", "1 or more")
+    return Config(
+        architecture=name,
+        name=meta.string("general.name", ""),
+        context_length=meta.integer(f"{name}.context_length"),
+        embedding_length=meta.integer(f"{name}.embedding_length"),
+        vocabulary_size=len(meta.strings("tokenizer.ggml.tokens")),
+        layer_norm_rms_epsilon=meta.number(f"{name}.attention.layer_norm_rms_epsilon"),
+        blocks=tuple(block(meta, i) for i in range(blocks)),
+        taps=TAPS,
+    )
+
+
+def attention(
+    meta: Metadata, name: str, i: int, kind: Literal["norm", "neox"], *, head_norm: bool
+) -> Attention:
+    """The attention of block i, without an output gate: heads of width / heads unless the file says more."""
+    blocks = meta.integer(f"{name}.block_count")
+    heads = meta.integers(f"{name}.attention.head_count", blocks)[i]
+    kv_heads = meta.integers(f"{name}.attention.head_count_kv", blocks, heads)[i]
+    meta.require(
+        kv_heads > 0 and heads % kv_heads == 0,
+        f"{name}.attention.head_count",
+        f"a multiple of {kv_heads} kv heads",
+    )
+    key_length = f"{name}.attention.key_length"
+    head_dim = meta.integer(key_length, meta.integer(f"{name}.embedding_length") // heads)
+    meta.require(head_dim > 0 and head_dim % 2 == 0, key_length, "an even number")
+    meta.require(
+        meta.integer(f"{name}.attention.value_length", head_dim) == head_dim,
+        f"{name}.attention.value_length",
+        f"key_length, {head_dim}",
+    )
+    eps = meta.number(f"{name}.attention.layer_norm_rms_epsilon")
+    return Attention(
+        heads, kv_heads, head_dim, rope(meta, name, kind, head_dim), eps, gated=False, head_norm=head_norm
+    )
+
+
+def rope(meta: Metadata, name: str, kind: Literal["norm", "neox"], head_dim: int) -> Rope:
+    """Rotation of the first dims of a head, all of them unless the file says how many."""
+    rotary = meta.integer(f"{name}.rope.dimension_count", head_dim)
+    meta.require(
+        0 < rotary <= head_dim and rotary % 2 == 0,
+        f"{name}.rope.dimension_count",
+        f"even and at most {head_dim}",
+    )
+    meta.require(
+        meta.string(f"{name}.rope.scaling.type", "none") in ("none", "linear")
+        and meta.number(f"{name}.rope.scaling.factor", 1.0) == 1.0,
+        f"{name}.rope.scaling.type",
+        "no scaling (a factor of 1)",
+    )
+    return Rope(kind, rotary, meta.number(f"{name}.rope.freq_base", 10000.0))
+
+
+def dense(meta: Metadata, name: str, i: int) -> Dense:
+    """The feed-forward network of block i."""
+    return Dense(meta.integers(f"{name}.feed_forward_length", meta.integer(f"{name}.block_count"))[i])
+
+
+def decoder_block(
+    meta: Metadata, name: str, i: int, kind: Literal["norm", "neox"], *, head_norm: bool
+) -> Block:
+    """Attention, then a dense network."""
+    mixer = attention(meta, name, i, kind, head_norm=head_norm)
+    return Block(mixer, dense(meta, name, i), mixer.layer_norm_rms_epsilon)
