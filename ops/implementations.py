@@ -6,11 +6,12 @@ does not cover (weights' own scales, `QTensor.scale`, are the caller's):
 
     qmatmul(x, w)                   a product with a weight, packed or not
     qmatmul_many(x, ws)             several products of one input
+    qmatmul_experts(x, w, ids)      a product of each row with its own few of many weights
     ffn(x, gate, up, down)          a feed-forward network
     delta_net(...), attention(...)  a token mixer between its projections (see `ops.cpu.mixers`)
 
 and, optionally, `prepare(w)`: a packed weight in the form that its products are quickest with, made once at load
-time. The portable one has the product alone, of any weight, and is what the others are compared with. What nobody
+time. The portable one has the products alone, of any weight, and is what the others are compared with. What nobody
 offers, a layer does step by step. An implementation that gives up exactness for speed is in OPT_IN: it works
 only where it is asked for by name.
 """

@@ -47,6 +47,20 @@ def is_bare(w: Weight) -> bool:
     return not isinstance(w, QTensor | Planes) or (w.scale is None and w.bias is None)
 
 
+def linear_experts(x: jax.Array, w: Weight, ids: jax.Array) -> jax.Array:
+    """Each row of x by the matrices of its own experts: w (E, out, in), ids int32 (..., k) -> f32 (..., k, out).
+
+    x is f32 (..., 1, in), a row for all its experts, or (..., k, in), a row for each; times `w.scale` (E,) if
+    any. Experts that no row asks for are not read. `ids` must be within 0 .. E-1.
+    """
+    chex.assert_type([x, ids], [jnp.float32, jnp.int32])
+    chex.assert_equal(x.shape[-1], w.shape[-1])
+    k = ids.shape[-1]
+    rows = x.reshape(-1, *x.shape[-1:] if x.shape[-2] == 1 else x.shape[-2:])
+    y = implementations.call("qmatmul_experts", rows, w, ids.reshape(-1, k)).reshape(*ids.shape, -1)
+    return y * jnp.asarray(w.scale, jnp.float32)[ids][..., None] if _has_scale(w) else y
+
+
 def embed(w: Weight, ids: jax.Array) -> jax.Array:
     """Rows of a (V, D) table: int (...) -> f32 (..., D), gathered as packed bytes and then decoded.
 
@@ -60,7 +74,9 @@ def embed(w: Weight, ids: jax.Array) -> jax.Array:
 
 
 def _embed_planes(w: Planes, ids: jax.Array) -> jax.Array:
-    rows = values(jax.tree.map(lambda plane: _rows(plane, ids.ravel()), dataclasses.replace(w, scale=None, bias=None)))
+    rows = values(
+        jax.tree.map(lambda plane: _rows(plane, ids.ravel()), dataclasses.replace(w, scale=None, bias=None))
+    )
     return rows.reshape(*ids.shape, w.width)
 
 
@@ -82,5 +98,8 @@ def _completed(y: jax.Array, w: Weight) -> jax.Array:
 
 def _scaled(y: jax.Array, w: Weight) -> jax.Array:
     """Times the weight's own scale, one value, if it has one."""
-    has_scale = isinstance(w, QTensor | Planes) and w.scale is not None
-    return y * jnp.reshape(w.scale, ()).astype(jnp.float32) if has_scale else y
+    return y * jnp.reshape(w.scale, ()).astype(jnp.float32) if _has_scale(w) else y
+
+
+def _has_scale(w: Weight) -> bool:
+    return isinstance(w, QTensor | Planes) and w.scale is not None

@@ -35,6 +35,28 @@ def qmatmul(x: jax.Array, w: jax.Array | np.ndarray | QTensor) -> jax.Array:
     return matmul_by_tiles(x, jnp.asarray(w), lambda rows: rows.astype(jnp.float32))
 
 
+def qmatmul_experts(x: jax.Array, w: jax.Array | np.ndarray | QTensor, ids: jax.Array) -> jax.Array:
+    """Each row by its own experts: x f32 (M, in) or (M, k, in), w (E, out, in), ids int32 (M, k) within
+    0 .. E-1 -> f32 (M, k, out), without `w.scale`.
+
+    One expert after another, by all rows, and none that no row asks for.
+    """  # noqa: D205
+    own = x if x.ndim == 3 else x[:, None]
+
+    def add_expert(expert: jax.Array, y: jax.Array) -> jax.Array:
+        asked = ids == expert
+
+        def multiply() -> jax.Array:
+            matrix = jax.tree.map(lambda all_: lax.dynamic_index_in_dim(all_, expert, keepdims=False), stack)
+            return jnp.where(asked[..., None], qmatmul(own, matrix), y)
+
+        return lax.cond(asked.any(), multiply, lambda: y)
+
+    stack = QTensor(jnp.asarray(w.blocks), w.qtype) if isinstance(w, QTensor) else jnp.asarray(w)
+    y = jnp.zeros((*ids.shape, w.shape[-2]), jnp.float32)
+    return lax.fori_loop(0, w.shape[0], add_expert, y)
+
+
 def matmul_by_tiles(x: jax.Array, rows: jax.Array, to_f32: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """`x @ to_f32(rows).T`: f32 (..., in), rows (out, anything) that become f32 (out, in) -> f32 (..., out).
 

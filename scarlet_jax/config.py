@@ -84,11 +84,23 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoE:
+    """Mixture of experts: a router gives every token to a few SwiGLU networks; one more may see them all."""
+
+    expert_count: int
+    expert_used_count: int
+    expert_feed_forward_length: int
+    expert_shared_feed_forward_length: int  # 0: there is no shared expert
+    expert_weights_norm: bool = True  # the weights of the experts used sum to 1
+    expert_weights_scale: float = 1.0  # and are then multiplied by this
+
+
+@dataclasses.dataclass(frozen=True)
 class Block:
     """One layer: a mixer over tokens, then a feed-forward network, each behind an RMS norm."""
 
     mixer: Attention | DeltaNet
-    ffn: Dense
+    ffn: Dense | MoE
     layer_norm_rms_epsilon: float
 
 

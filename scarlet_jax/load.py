@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scarlet_jax import compiled, configs, ffn, gguf
+from scarlet_jax import compiled, configs, gguf
 from scarlet_jax.config import Arch, Block, Config
 from scarlet_jax.errors import BadInput
-from scarlet_jax.model import MIXERS, BlockWeights, Model, Weights
+from scarlet_jax.model import FEED_FORWARDS, MIXERS, BlockWeights, Model, Weights
 from scarlet_jax.ops.qtensor import QTensor
 from scarlet_jax.types import Weight
 
@@ -27,7 +27,7 @@ FLOATS = ("F32", "F16", "BF16")  # held as plain arrays; every other type stays 
 
 
 def load(path: str | Path, **options: Any) -> Model:
-    """Load a dense Qwen3.5 GGUF (the first file of a split set too).
+    """Load a GGUF of one of `configs.ARCHITECTURES` (the first file of a split set too).
 
     Options are Model's: `context_length`, `kv_dtype`, `implementation`. Raises BadInput for a file that is
     broken, of an unknown architecture, or whose tensors are not all there and of the right shape.
@@ -56,7 +56,7 @@ def weights(file: gguf.Gguf, arch: Arch, cfg: Config) -> Weights:
 
 
 def _block(tensors: _Tensors, index: int, cfg: Block, width: int) -> BlockWeights:
-    mixer = MIXERS[type(cfg.mixer)]
+    mixer, ffn = MIXERS[type(cfg.mixer)], FEED_FORWARDS[type(cfg.ffn)]
     return BlockWeights(
         attn_norm=tensors.array(f"blk.{index}.attn_norm.weight", (width,)),
         mixer=tensors.group(f"blk.{index}.", mixer, mixer.shapes(cfg.mixer, width)),
@@ -84,7 +84,7 @@ class _Tensors:
         for name, shape in shapes.items():
             stem = name.split(".")[0]
             if stem not in taken:
-                take = self.weight if kinds[stem] == "Weight" else self.array
+                take = self.weight if kinds[stem].startswith("Weight") else self.array
                 taken[stem] = take(prefix + name, shape)
         return module.Weights(**taken)
 
@@ -93,8 +93,9 @@ class _Tensors:
         taken = {}
         for whole, parts in fused.items():
             if prefix + whole in self._file.tensors:
-                cuts = np.cumsum([0, *(shapes[part][0] for part in parts)])
-                shape = (int(cuts[-1]), shapes[parts[0]][1])
+                cuts = np.cumsum([0, *(shapes[part][-2] for part in parts)])
+                *experts, _, columns = shapes[parts[0]]
+                shape = (*experts, int(cuts[-1]), columns)
                 for part, start, stop in zip(parts, cuts[:-1], cuts[1:], strict=True):
                     taken[part.split(".")[0]] = self.weight(prefix + whole, shape, slice(start, stop))
         return taken
@@ -104,17 +105,19 @@ class _Tensors:
     ) -> Any:
         """A matrix, or some rows of it, as the file stores it: floats as an array, any other type packed.
 
-        With the scale and, if it may be `biased`, the bias that the file has beside it.
+        A shape of three axes is a stack of experts' matrices, each cut alike. With the scale, or one an expert,
+        and, if it may be `biased`, the bias that the file has beside it (experts' biases nobody adds: they
+        are left over, and refused).
         """
         tensor = self._take(name, shape)
         if tensor is None:
             return None
-        scale = self._beside(name, "scale", (1,))
-        bias = self._beside(name, "bias", (shape[-2],)) if biased else None
+        scale = self._beside(name, "scale", shape[:-2] or (1,))
+        bias = self._beside(name, "bias", shape[:-1]) if biased and len(shape) == 2 else None
         if tensor.qtype in FLOATS and scale is None and bias is None:
-            return _place(tensor, tensor.array()[rows])
+            return _place(tensor, tensor.array()[..., rows, :])
         bias = bias if bias is None else bias[rows]
-        return QTensor(_place(tensor, tensor.data[rows]), tensor.qtype, scale, bias)
+        return QTensor(_place(tensor, tensor.data[..., rows, :]), tensor.qtype, scale, bias)
 
     def array(self, name: str, shape: tuple[int, ...]) -> Any:
         """A vector or a small table, in f32."""
@@ -160,7 +163,7 @@ class _Tensors:
 def _place(tensor: gguf.Tensor, view: np.ndarray) -> jax.Array:
     """Hand a view of the memory map to JAX: in place if it can be, else by one copy."""
     placed = jax.device_put(view)
-    if view.ctypes.data % XLA_ALIGNMENT or placed.device.platform != "cpu":
+    if view.ctypes.data % XLA_ALIGNMENT or not view.flags.c_contiguous or placed.device.platform != "cpu":
         placed.block_until_ready()
         tensor.release()
     return placed

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from scarlet_jax import attention, config, delta_net, ffn, sampling
+from scarlet_jax import attention, config, delta_net, ffn, moe, sampling
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import implementations, matmul, norm
 from scarlet_jax.span import Span
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # The module of each mixer: its Weights, State, shapes, init_state and mix.
 MIXERS: dict[type, Any] = {config.Attention: attention, config.DeltaNet: delta_net}
+# The module of each feed-forward network: its Weights, shapes and feed_forward.
+FEED_FORWARDS: dict[type, Any] = {config.Dense: ffn, config.MoE: moe}
 
 PIECE = (
     512  # longest stretch of tokens computed at once: bounds the memory of attention scores and activations
@@ -85,7 +87,7 @@ def block(w: BlockWeights, x: Array, state: Any, span: Span, *, cfg: config.Bloc
     mixed, state = MIXERS[type(cfg.mixer)].mix(w.mixer, normed, state, span, cfg=cfg.mixer)
     x = tap("attn_residual", x + mixed)
     normed = _norm(x, w.post_attention_norm, cfg.layer_norm_rms_epsilon, "attn_post_norm")
-    return tap("l_out", x + ffn.feed_forward(w.ffn, normed, cfg=cfg.ffn)), state
+    return tap("l_out", x + FEED_FORWARDS[type(cfg.ffn)].feed_forward(w.ffn, normed, cfg=cfg.ffn)), state
 
 
 def _norm(x: Array, weight: Array, eps: float, name: str) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -60,12 +61,30 @@ DENSE_SHAPES = {
     ),
 }  # fmt: skip
 
+# Experts of every kind: with a shared one of another size, with gate and up in one tensor, with scales.
+_EXPERTS = dataclasses.replace(
+    SHAPES["untied"], arch="qwen35moe", block_count=3, expert_count=11, expert_used_count=3,
+    expert_feed_forward_length=56, expert_shared_feed_forward_length=72, feed_forward_length=0,
+)  # fmt: skip
+MOE_SHAPES = {
+    "experts": _EXPERTS,
+    "gate-up-fused": dataclasses.replace(
+        _EXPERTS, fused_gate_up=True, tied=True, expert_count=7, expert_used_count=7, nextn_predict_layers=0,
+    ),
+    "experts-scaled": dataclasses.replace(_EXPERTS, scales=True, expert_used_count=2, nextn_predict_layers=0),
+}  # fmt: skip
+
 # Rows of a multiple of 256, so that every block format fits.
 PACKABLE = Shape(
     block_count=4, full_attention_interval=2, embedding_length=256, feed_forward_length=512,
     vocab_size=421, tied=False, head_count=4, head_count_kv=2, key_length=64,
     dimension_count=32, dimension_sections=(6, 5, 5, 0),
     conv_kernel=4, state_size=32, group_count=2, time_step_rank=8,
+)  # fmt: skip
+
+PACKABLE_EXPERTS = dataclasses.replace(
+    PACKABLE, arch="qwen35moe", block_count=2, expert_count=6, expert_used_count=2,
+    expert_feed_forward_length=256, expert_shared_feed_forward_length=512, feed_forward_length=0,
 )  # fmt: skip
 
 

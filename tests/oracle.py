@@ -342,7 +342,7 @@ def forward(
         x = tap(f"attn_residual-{i}", x + mixed)
         normed = tap(f"norm-{i}", rms(x, eps))
         h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.{family.ffn_norm}.weight"])
-        x = tap(f"l_out-{i}", x + ffn(model, h, i, tap))
+        x = tap(f"l_out-{i}", x + (moe if model.key("expert_count", 0) else ffn)(model, h, i, tap))
     x = tap("norm", rms(x, eps)) * weights["output_norm.weight"]
     tap("h_nextn", x)
     tap("result_norm", x)
@@ -358,13 +358,78 @@ def ffn(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
     return tap(f"ffn_out-{i}", model.linear(f"blk.{i}.ffn_down", gated))
 
 
-def ffn_half(model: Model, stem: str, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+def ffn_half(model: Model, stem: str, h: np.ndarray, i: int, tap: _Taps, of: str = "") -> np.ndarray:
     """Gate or up. llama.cpp taps the bare product, and again with a separate scale or a bias applied."""
-    name = f"blk.{i}.{stem}"
+    name = f"blk.{i}.{stem}{of}"
     y = tap(f"{stem}-{i}", h @ model.weights[f"{name}.weight"].T)
     if f"{name}.scale" in model.weights:
         y = tap(f"{stem}_s-{i}", y * model.scale(name))
     return tap(f"{stem}_b-{i}", y + model.bias(name)) if f"{name}.bias" in model.weights else y
+
+
+def moe(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """The k likeliest experts of each token, weighted by their likelihood, and a gated one for all."""
+    probabilities = tap(
+        f"ffn_moe_probs-{i}", softmax(tap(f"ffn_moe_logits-{i}", model.linear(f"blk.{i}.ffn_gate_inp", h)))
+    )
+    order = tap(f"ffn_moe_argsort-{i}", np.argsort(-probabilities, axis=-1, kind="stable"))
+    chosen = tap(f"ffn_moe_topk-{i}", order[:, : model.key("expert_used_count")])
+    weights = np.take_along_axis(probabilities, chosen, axis=-1)
+    tap(f"ffn_moe_weights-{i}", weights[..., None])
+    total = tap(f"ffn_moe_weights_sum-{i}", weights.sum(axis=-1, keepdims=True))
+    total = tap(f"ffn_moe_weights_sum_clamped-{i}", np.maximum(total, 2.0**-14))
+    weights = tap(f"ffn_moe_weights_norm-{i}", weights / total)
+
+    gate, up = expert_halves(model, h, chosen, i, tap)
+    gated = tap(f"ffn_moe_swiglu-{i}", silu(gate) * up)
+    outputs = expert_product(model, "ffn_down_exps", gated, chosen, i, tap)
+    routed = tap(f"ffn_moe_weighted-{i}", outputs * weights[..., None]).sum(axis=1)
+    tap(f"ffn_moe_out-{i}", routed)
+    if f"blk.{i}.ffn_up_shexp.weight" not in model.weights:
+        return routed
+    return tap(f"ffn_out-{i}", routed + shared_expert(model, h, i, tap))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def expert_halves(
+    model: Model, h: np.ndarray, chosen: np.ndarray, i: int, tap: _Taps
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gate and up (T, k, F) of each token's experts: two weights, or one with gate's rows before up's."""
+    rows = np.repeat(h[:, None], chosen.shape[1], axis=1)
+    if f"blk.{i}.ffn_gate_up_exps.weight" not in model.weights:
+        up = expert_product(model, "ffn_up_exps", rows, chosen, i, tap)
+        return expert_product(model, "ffn_gate_exps", rows, chosen, i, tap), up
+    gate, up = np.split(expert_product(model, "ffn_gate_up_exps", rows, chosen, i, tap), 2, axis=-1)
+    return tap(f"ffn_moe_gate-{i}", gate), tap(f"ffn_moe_up-{i}", up)
+
+
+def expert_product(
+    model: Model, stem: str, x: np.ndarray, chosen: np.ndarray, i: int, tap: _Taps
+) -> np.ndarray:
+    """x (T, k, in), each row by its expert's matrix and scale; what has a scale has another name."""
+    name, matrices = f"blk.{i}.{stem}", model.weights[f"blk.{i}.{stem}.weight"]
+    y = np.stack(
+        [[matrices[e] @ row for e, row in zip(*pair, strict=True)] for pair in zip(chosen, x, strict=True)]
+    )
+    suffix = ""
+    if f"{name}.scale" in model.weights:
+        y, suffix = y * model.scale(name)[chosen][..., None], "_scaled"
+    part = stem.removeprefix("ffn_").removesuffix("_exps")
+    return tap(f"ffn_moe_{part}{suffix}-{i}", y)
+
+
+def shared_expert(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """The network for all tokens, behind a sigmoid of one value a token."""
+    gate, up = (ffn_half(model, stem, h, i, tap, "_shexp") for stem in ("ffn_gate", "ffn_up"))
+    gated = tap(f"ffn_swiglu-{i}", silu(gate) * up)
+    y = tap(f"ffn_shexp-{i}", model.linear(f"blk.{i}.ffn_down_shexp", gated))
+    logit = tap(f"shared_expert_gate-{i}", h @ model.weights[f"blk.{i}.ffn_gate_inp_shexp.weight"][:, None])
+    return tap(f"ffn_shexp_gated-{i}", y * tap(f"shared_expert_gate_sigmoid-{i}", sigmoid(logit)))
 
 
 def attention(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _Taps) -> np.ndarray:

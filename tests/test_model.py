@@ -1,6 +1,7 @@
 """The model against a float64 forward written from the spec, against llama.cpp, and against transformers."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -41,8 +42,11 @@ def assert_taps_agree(ours, truth, tolerance=TOLERANCE):
 
 def ours_named(theirs):
     """llama.cpp's taps, less fused products (their parts are tapped too) and products before a weight's scale."""
-    scaled = {name.replace("_s-", "-"): x for name, x in theirs.items() if "_s-" in name}
-    return {name: x for name, x in theirs.items() if "_s-" not in name and "wqkv-" not in name} | scaled
+    fused = re.compile(r"wqkv-|ffn_moe_gate_up-")
+    after_scale = re.compile(r"_s(caled)?-")
+    scaled = {after_scale.sub("-", name): x for name, x in theirs.items() if after_scale.search(name)}
+    bare = {name: x for name, x in theirs.items() if not after_scale.search(name) and not fused.match(name)}
+    return bare | scaled
 
 
 def whole_products(taps):

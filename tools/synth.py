@@ -42,8 +42,10 @@ class Shape:
     All axes are free. `recurrent_layers`, where given, lists the delta net layers, and then
     `full_attention_interval` is not written. `fused_qkv` stores a full attention layer's q, k and v as one
     tensor; `scales` adds an `X.scale` tensor to each weight; `nextn_predict_layers` adds prediction blocks
-    after the `block_count` trunk layers (the file's own count is their sum). `biases` are the roles that
-    have one; `freq_factors` adds the table that divides llama's rotary frequencies.
+    after the `block_count` trunk layers (the file's own count is their sum). With an `expert_count` the
+    feed-forward networks are mixtures of experts, with a shared one if that has a size;
+    `fused_gate_up` stores the experts' gate and up as one tensor. `biases` are the roles that have one;
+    `freq_factors` adds the table that divides llama's rotary frequencies.
     """
 
     arch: str = "qwen35"
@@ -67,6 +69,11 @@ class Shape:
     time_step_rank: int = 6
     nextn_predict_layers: int = 0
     tied: bool = True
+    expert_count: int = 0
+    expert_used_count: int = 0
+    expert_feed_forward_length: int = 0
+    expert_shared_feed_forward_length: int = 0
+    fused_gate_up: bool = False
     fused_qkv: bool = False
     scales: bool = False
     biases: tuple[str, ...] = ()
@@ -112,6 +119,18 @@ def _published(
     )
 
 
+def _with_experts(dense: Shape, experts: int, used: int, inner: int) -> Shape:
+    """The same with a mixture of experts, and a shared one of their size, in place of each dense network."""
+    return dataclasses.replace(
+        dense,
+        arch="qwen35moe",
+        expert_count=experts,
+        expert_used_count=used,
+        expert_feed_forward_length=inner,
+        expert_shared_feed_forward_length=inner,
+    )
+
+
 # Spec section 1, "Published sizes", without the prediction block (most published files lack it).
 SIZES = {
     ("qwen35", "tiny"): Shape(),
@@ -125,6 +144,10 @@ SIZES = {
         arch="qwen2", head_count=4, dimension_count=64, biases=("attn_q", "attn_k", "attn_v")
     ),
     ("llama", "tiny"): Shape(arch="llama", head_count=4, dimension_count=64, tied=False, freq_factors=True),
+    ("qwen35moe", "tiny"): _with_experts(Shape(), 16, 4, 256),
+    ("qwen35moe", "35b-a3b"): _with_experts(_published(40, 2048, 0, 16, 2, 32, tied=False), 256, 8, 512),
+    ("qwen35moe", "122b-a10b"): _with_experts(_published(48, 3072, 0, 32, 2, 64, tied=False), 256, 8, 1024),
+    ("qwen35moe", "397b-a17b"): _with_experts(_published(60, 4096, 0, 32, 2, 64, tied=False), 512, 10, 1024),
 }
 
 
@@ -202,7 +225,7 @@ def _constant(value: float) -> Draw:
     return lambda _rng, shape: np.full(shape, value, np.float32)
 
 
-WEIGHT_SCALE = 0.75  # the value of every `X.scale`, where there are any
+WEIGHT_SCALE = 0.75  # the value of every `X.scale`, where there are any; experts have it on average
 
 Stems = dict[str, tuple[tuple[int, ...], Draw]]  # tensor name within a block -> shape, draw
 
@@ -245,6 +268,25 @@ def _dense_ffn(s: Shape, out_gain: float) -> Stems:
     }
 
 
+def _moe_ffn(s: Shape, out_gain: float) -> Stems:
+    """Router, experts and the shared expert (spec section 2, "MoE")."""
+    width, experts, inner = s.embedding_length, s.expert_count, s.expert_feed_forward_length
+    rows = {"gate_up": 2 * inner} if s.fused_gate_up else {"gate": inner, "up": inner}
+    stems: Stems = {
+        "ffn_gate_inp.weight": ((experts, width), _matrix(1.5)),  # a router that chooses
+        **{f"ffn_{part}_exps.weight": ((experts, n, width), _matrix()) for part, n in rows.items()},
+        "ffn_down_exps.weight": ((experts, width, inner), _matrix(out_gain)),
+    }
+    if shared := s.expert_shared_feed_forward_length:
+        stems |= {
+            "ffn_gate_inp_shexp.weight": ((width,), _matrix()),
+            "ffn_gate_shexp.weight": ((shared, width), _matrix()),
+            "ffn_up_shexp.weight": ((shared, width), _matrix()),
+            "ffn_down_shexp.weight": ((width, shared), _matrix(out_gain)),
+        }
+    return stems
+
+
 def _prediction(s: Shape) -> Stems:
     """What a multi-token-prediction block has beside a full attention layer."""
     width = s.embedding_length
@@ -270,8 +312,9 @@ def _qwen35_tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
     for i in range(s.block_count + s.nextn_predict_layers):
         mixer = _delta_net(s, out_gain) if s.is_recurrent(i) else _attention(s, out_gain)
         norms = {f"{stem}.weight": ((width,), _around(1.0)) for stem in ("attn_norm", "post_attention_norm")}
+        ffn = _moe_ffn(s, out_gain) if s.expert_count else _dense_ffn(s, out_gain)
         extra = _prediction(s) if i >= s.block_count else {}
-        for stem, (shape, draw) in (norms | mixer | _dense_ffn(s, out_gain) | extra).items():
+        for stem, (shape, draw) in (norms | mixer | ffn | extra).items():
             yield f"blk.{i}.{stem}", shape, draw
     yield "output_norm.weight", (width,), _around(1.0)
     if not s.tied:
@@ -283,7 +326,6 @@ def _qwen35_metadata(s: Shape) -> dict[str, Any]:
         "block_count": s.block_count + s.nextn_predict_layers,
         "context_length": s.context_length,
         "embedding_length": s.embedding_length,
-        "feed_forward_length": s.feed_forward_length,
         "attention.head_count": s.head_count,
         "attention.head_count_kv": s.head_count_kv,
         "attention.key_length": s.key_length,
@@ -298,13 +340,22 @@ def _qwen35_metadata(s: Shape) -> dict[str, Any]:
         "ssm.time_step_rank": s.time_step_rank,
         "ssm.inner_size": s.inner_size,
     }
+    if s.feed_forward_length:
+        keys["feed_forward_length"] = s.feed_forward_length
     if s.nextn_predict_layers:
         keys["nextn_predict_layers"] = s.nextn_predict_layers
     if s.recurrent_layers is None:
         keys["full_attention_interval"] = s.full_attention_interval
     else:
         keys["attention.recurrent_layers"] = [s.is_recurrent(i) for i in range(keys["block_count"])]
-    return {f"{s.arch}.{key}": value for key, value in keys.items()}
+    return {f"{s.arch}.{key}": value for key, value in (keys | _moe_metadata(s)).items()}
+
+
+def _moe_metadata(s: Shape) -> dict[str, Any]:
+    """The keys of experts, where there are any."""
+    lengths = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
+    keys = ("expert_count", "expert_used_count", *lengths)
+    return {key: getattr(s, key) for key in keys if getattr(s, key)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +425,7 @@ def _decoder(*, head_norm: bool) -> Arch:
 
 ARCHS = {
     "qwen35": Arch(_qwen35_metadata, _qwen35_tensors),
+    "qwen35moe": Arch(_qwen35_metadata, _qwen35_tensors),
     "qwen3": _decoder(head_norm=True),
     "qwen2": _decoder(head_norm=False),
     "llama": _decoder(head_norm=False),
@@ -477,6 +529,7 @@ def _recipe(role: str, mix: Mix, index: int, count: int, *, tied: bool) -> str:
         return _HEAD.get(mix.base, "Q6_K")
     if role == "token_embd":
         return _TABLE.get(mix.base, mix.base)
+    role = re.sub(r"_(sh)?exps?$", "", role)  # an expert's weights are treated as a dense network's
     return next((qtype for qtype, when in mix.roles.get(role, ()) if when(index, count)), mix.base)
 
 
@@ -511,7 +564,15 @@ def _scaled(tensor: Tensor, shape: Shape) -> list[Tensor]:
     """A block's weight and its `X.scale`, if the shape asks for them; else the tensor as it is."""
     if not shape.scales or _stays_f32(tensor.name, tensor.shape) or not tensor.name.startswith("blk."):
         return [tensor]
-    scale = Tensor(tensor.name.removesuffix(".weight") + ".scale", (1,), _constant(WEIGHT_SCALE))
+    if "gate_up_exps" in tensor.name:  # llama.cpp has no scale for both in one
+        return [tensor]
+    name = tensor.name.removesuffix(".weight") + ".scale"
+    experts = tensor.shape[:-2]
+    scale = (
+        Tensor(name, experts, _around(WEIGHT_SCALE))
+        if experts
+        else Tensor(name, (1,), _constant(WEIGHT_SCALE))
+    )
     return [dataclasses.replace(tensor, draw=_larger(tensor.draw)), scale]
 
 

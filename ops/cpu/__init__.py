@@ -11,7 +11,7 @@ bits, a scale for each 256 of them, where the processor has AVX-512 VNNI and the
 weights; all else stays exact. About 2e-5 of relative error for up to twice the speed. With AMX it takes two
 bf16 for each number instead, of activations and of weights of any format: about 5e-6.
 
-All functions are for jit and vmap; `qmatmul` and `qmatmul_many` have gradients too.
+All functions are for jit and vmap; the products have gradients too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scarlet_jax.errors import BadInput
+from scarlet_jax.ops import portable
 from scarlet_jax.ops.cpu.build import FAILURE_NOTE, LIBRARY
 from scarlet_jax.ops.cpu.mixers import attention, delta_net  # noqa: F401
 from scarlet_jax.ops.qtensor import QTensor, block_size
@@ -126,9 +127,7 @@ def qmatmul_experts(x: jax.Array, w: Weight, ids: jax.Array, *, fast: bool = Fal
     """  # noqa: D205
     chex.assert_type([x, ids], [jnp.float32, jnp.int32])
     array, qtype = _packed(w)
-    result = jax.ShapeDtypeStruct((*ids.shape, w.shape[-2]), jnp.float32)
-    run = _call("scarlet_qmatmul_experts", result, vmap_method="sequential")
-    return run(x, array, ids, qtype=qtype, fast=fast)
+    return _experts(qtype, w.shape[-2], fast, x, array, ids)
 
 
 def ffn(x: jax.Array, gate: Weight, up: Weight, down: Weight, *, fast: bool = False) -> jax.Array:
@@ -167,6 +166,31 @@ def _products_backward(qtypes, outs, fast, saved, cotangents):
 
 
 _products.defvjp(_products_forward, _products_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _experts(qtype: str, out: int, fast: bool, x: jax.Array, w: jax.Array, ids: jax.Array) -> jax.Array:
+    result = jax.ShapeDtypeStruct((*ids.shape, out), jnp.float32)
+    run = _call("scarlet_qmatmul_experts", result, vmap_method="sequential")
+    return run(x, w, ids, qtype=qtype, fast=fast)
+
+
+def _experts_forward(qtype, out, fast, x, w, ids):
+    return _experts(qtype, out, fast, x, w, ids), (x, w, ids)
+
+
+def _experts_backward(qtype, out, fast, saved, dy):
+    """That of the portable product, which reads the experts routed to and no others."""
+    del out, fast
+    x, w, ids = saved
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return portable.qmatmul_experts(x, QTensor(w, qtype) if w.dtype == jnp.uint8 else w, ids)
+
+    return *jax.vjp(product, x, w)[1](dy), np.zeros(ids.shape, jax.dtypes.float0)
+
+
+_experts.defvjp(_experts_forward, _experts_backward)
 
 
 def _as_f32(w: jax.Array, qtype: str) -> jax.Array:
