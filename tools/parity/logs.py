@@ -78,7 +78,9 @@ class _Block:
     numbers: list[float]
 
     def sampled(self) -> Sampled | None:
-        """The printed entries; None if the block was cut."""
+        """The printed entries; None if there is none or the block was cut."""
+        if 0 in self.ne:  # a view of no rows, such as the other sequences' states
+            return None
         index = tuple(_printed(n, axis) for axis, n in enumerate(self.ne))[::-1]
         if len(self.numbers) != math.prod(len(i) for i in index):
             return None
@@ -178,7 +180,7 @@ def _tokens(text: str) -> list[int]:
     if not found:
         return []
     count = int(found.group(1) or found.group(2))
-    numbers = re.findall(r"(?<![\w.])-?\d+(?![\w.])", text[found.end() : found.end() + 24 * count + 200])
+    numbers = re.findall(r"(?<![\w.])-?\d+(?![\w.])", text[found.end() : found.end() + 40 * count + 200])
     tokens = [int(n) for n in numbers[:count]]
     return tokens if len(tokens) == count else []
 

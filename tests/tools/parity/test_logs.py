@@ -139,3 +139,35 @@ def test_nan_in_a_log():
     broken = changed(reference(), lambda n, x: x * np.nan if n == "ffn_up-1" else x)
     dump = read_log(log(broken), "log")
     assert np.isnan(dump["ffn_up-1"].values).all()
+
+
+# As llama-eval-callback prints a lone sequence: views of the other sequences' states have no rows, the output is
+# stamped with times, and the end is lost when the tool leaves before its log has drained.
+REAL = """\
+0.00.355.524 I number of input tokens = 2
+0.00.355.531 I   39
+0.00.355.537 I   273
+common_debug_cb_eval:        cache_r_l0 (view) = (f32)       VIEW(cache_r_l0{3840, 1, 1, 1}, }) = {3840, 0, 1, 1}
+    [
+        [
+        ],
+    ]
+    sum = 0.000000
+common_debug_cb_eval:   conv_states_reshaped-0 = (f32)    RESHAPE(conv_states-0{6, 1, 1, 1}, }) = {3, 2, 1, 1}
+    [
+        [
+            [      0.0000,       1.0000,       2.0000  ],
+            [      0.5000,       0.0000,       0.0000  ],
+        ],
+    ]
+    sum = 3.500000
+common_debug_cb_eval:             ffn_swiglu-3 = (f32)     SWIGLU(gate-3{2, 2, 1, 1}, up-3{2, 2, 1, 1}}) = {2, 2, 1, 1}
+    [
+"""
+
+
+def test_a_real_log_with_views_of_no_rows():
+    dump = read_log(REAL, "log")
+    assert list(dump) == ["conv_states_reshaped-0"]
+    assert np.array_equal(dump["conv_states_reshaped-0"], [[0, 0.5], [1, 0], [2, 0]])
+    assert list(dump.tokens) == [39, 273]
