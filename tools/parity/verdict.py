@@ -78,6 +78,28 @@ def find_broken(taps: Sequence[Tap]) -> None:
     for tap in [tap for tap in judged if tap.broken]:
         _excuse(tap, consumers.get(tap.name, []))
     _lone_aliases(judged)
+    for tap in judged:
+        if tap.broken and _whole_layer(tap) and not tap.metrics.not_finite[0]:
+            tap.broken = False  # somewhere in this layer: `unclear` says so
+
+
+def _whole_layer(tap: Tap) -> bool:
+    """Whether all that is known of a layer is what went in and what came out."""
+    inputs = tap.local.inputs
+    return (
+        tap.local.method == "propagated"
+        and tap.layer is not None
+        and len(inputs) > 0
+        and all(name.rpartition("-")[0] == tap.op for name in inputs)
+    )
+
+
+def _agrees(reader: Tap, tap: Tap) -> bool:
+    """Whether an operation that reads `tap` has nothing of its divergence."""
+    own = reader.local.f32_floor * 10
+    if reader.local.method in ("propagated", "alone"):  # a floor that is made of its inputs' divergence
+        own = 1e-3 * tap.metrics.relative_l2
+    return reader.metrics.relative_l2 <= max(own, 1e-6)
 
 
 def _excuse(tap: Tap, consumers: Sequence[Tap]) -> None:
@@ -89,7 +111,7 @@ def _excuse(tap: Tap, consumers: Sequence[Tap]) -> None:
         tap.broken, tap.note = False, "agrees, though not with its inputs: they follow another convention"
         return
     readers = [c for c in consumers if not c.alias]
-    if readers and all(c.metrics.relative_l2 <= max(10 * c.local.f32_floor, 1e-6) for c in readers):
+    if readers and all(_agrees(reader, tap) for reader in readers):
         tap.broken, tap.note = False, "another convention: everything computed from it agrees"
 
 
@@ -270,6 +292,12 @@ def unclear(taps: Sequence[Tap], resolution: float) -> str:
     different = [t for t in weighty if t.metrics.relative_l2 > 0.05]
     if len(taps) < 3 and different:
         return f"{different[0].name} differs, but {len(taps)} tap{'s' * (len(taps) > 1)} cannot show where that begins"
+    start = next((t for t in weighty if t.local and not t.alias and t.local.method != "direct"), None)
+    if start and start.local.method == "alone" and start.metrics.relative_l2 > 0.05:
+        return (
+            f"{start.name} differs by {start.metrics.relative_l2:.2g} already, and nothing that it is computed from "
+            "is at hand; more taps or a --model would tell"
+        )
     jumps = [
         t for t in taps if t.local and t.local.method == "propagated" and t.local.ratio > 5 and not t.note
     ]

@@ -194,3 +194,12 @@ def test_renaming_by_a_map(tmp_path):
     bad.write_text("[1]")
     with pytest.raises(BadInput, match="--map"):
         compare(named, reference(), mapping=bad)
+
+
+@pytest.mark.parametrize("fault", ["kv-heads-tiled", "conv-silu-missing", "ffn-sign"])
+def test_layer_outputs_alone_cannot_say_which_operation(fault):
+    few = keep("l_out")
+    report = compare(*(changed(dump, few) for dump in faulty(fault)))
+    assert (report["verdict"], report["exit"]) == ("inconclusive", 3)
+    assert ("l_out-0" if fault == "conv-silu-missing" else "l_out-2") in report["why"]
+    assert compare(changed(ours(), few), changed(reference(), few))["verdict"] == "clean"
