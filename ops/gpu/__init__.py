@@ -19,7 +19,7 @@ import numpy as np
 from scarlet_jax.ops import portable
 from scarlet_jax.ops.gpu import products
 from scarlet_jax.ops.gpu.backend import CUSTOM_CALL, mode, needs_gpu_here  # noqa: F401
-from scarlet_jax.ops.gpu.planes import Planes, pack
+from scarlet_jax.ops.gpu.planes import LAYOUTS, Planes, pack
 from scarlet_jax.ops.qtensor import QTensor
 
 Weight = jax.Array | np.ndarray | QTensor | Planes
@@ -51,11 +51,16 @@ def _trial() -> str | None:
     return None
 
 
-prepare = jax.jit(pack)
+def prepare(w: QTensor) -> QTensor | Planes:
+    """Packed blocks as planes; what is a QTensor only for its scale or bias, floats, as it is."""
+    return _pack(w) if w.qtype in LAYOUTS else w
+
+
+_pack = jax.jit(pack)
 
 
 def qmatmul(x: jax.Array, w: Weight) -> jax.Array:
     """`x @ w.T`: f32 (..., in), (out, in) of any kind -> f32 (..., out), without `w.scale`."""
     if isinstance(w, QTensor):
-        w = pack(w)
+        w = prepare(w)
     return products.qmatmul(x, w) if isinstance(w, Planes) else portable.qmatmul(x, w)
