@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 # The package loads its parts when they are first used. Nothing but a download may make it: half a second.
 import huggingface_hub
 
+from scarlet_jax import data
 from scarlet_jax.errors import BadInput
 
 # What a bare `owner/repo` means, by preference: the usual compromise, then the best that is there.
@@ -27,13 +28,17 @@ _NOT_A_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # vision towers and
 _TIMEOUT_S = 10  # for the list of files; downloads have the library's own
 
 
-def resolve(model: str | Path) -> Path:
+def resolve(model: str | Path | None) -> Path:
     """The file that `model` names: a path, or `owner/repo[:QUANT]` on the hub, downloaded if need be.
+
+    None is the model in the box.
 
     QUANT is the last part of a file's name ("Q4_K_M", "UD-Q4_K_XL", or all of it), in either case. Of a split
     set every part is downloaded and the first is returned. Raises BadInput if there is no such file, if QUANT
     fits none or several of the repository's models, or if the download fails.
     """
+    if model is None:
+        return data.model_path()
     path = Path(model)
     if os.path.exists(model):  # unlike Path's, false too for what can be no path at all
         return path

@@ -603,10 +603,11 @@ def write(
     """
     path, shape = Path(path), shape or Shape()
     tensors = plan(shape, quant, types)
-    metadata = _metadata(shape, quant)
+    vocabulary = synth_vocabulary.metadata(shape.vocab_size)
+    keys = metadata(shape, quant, f"synth {shape.arch}", vocabulary)
     try:
         with _replacing(path) as temporary:
-            _write_header(temporary, shape, metadata, tensors)
+            _write_header(temporary, shape, keys, tensors)
             with open(temporary, "ab") as file, _bar(tensors, path, progress) as advance:
                 _write_data(file, tensors, seed, shape.alignment, advance)
     except OSError as error:
@@ -614,23 +615,23 @@ def write(
     return path
 
 
-def _metadata(shape: Shape, quant: str) -> dict[str, Any]:
+def metadata(shape: Shape, quant: str, name: str, vocabulary: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys of a file: its name and type, the shape's, and the vocabulary's `tokenizer.*`."""
     kinds = gguf.LlamaFileType.__members__
     kind = kinds.get(f"MOSTLY_{quant}", kinds["ALL_F32"] if quant == "F32" else kinds["GUESSED"])
     return {
-        "general.name": f"synth {shape.arch}",
+        "general.name": name,
         "general.file_type": int(kind),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **ARCHS[shape.arch].metadata(shape),
-        **synth_vocabulary.metadata(shape.vocab_size),
+        **vocabulary,
     }
 
 
 def _write_header(path: Path, shape: Shape, metadata: Mapping[str, Any], tensors: list[Tensor]) -> None:
     writer = gguf.GGUFWriter(path, shape.arch)
     writer.add_custom_alignment(shape.alignment)
-    for key, value in metadata.items():
-        _GGUF_ADD[type(value)](writer, key, value)
+    add_metadata(writer, metadata)
     for tensor in tensors:
         size = tensor.rows * tensor.row_bytes
         number: Any = ggml.TYPE_IDS[tensor.qtype]  # gguf-py has no name for every one of them
@@ -639,6 +640,12 @@ def _write_header(path: Path, shape: Shape, metadata: Mapping[str, Any], tensors
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+
+
+def add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    """Each key in the format's type for its python type."""
+    for key, value in metadata.items():
+        _GGUF_ADD[type(value)](writer, key, value)
 
 
 _GGUF_ADD: dict[type, Callable[[gguf.GGUFWriter, str, Any], None]] = {

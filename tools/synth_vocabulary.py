@@ -1,13 +1,14 @@
-"""A vocabulary for models that were made, not trained: the real format and special tokens, little knowledge.
+"""A vocabulary for models made here: the real format and special tokens, little knowledge.
 
-Byte-level BPE as Qwen3.5 ships it (spec section 7): 256 byte tokens, merges learnt from the few lines below,
-unused `[PADn]` entries up to the size, and the family's special tokens at the end, at their real ids when the
-size is the real one.
+Byte-level BPE as Qwen3.5 ships it (spec section 7): 256 byte tokens, merges learnt from the few lines below
+(or from the text that a model is trained on), unused `[PADn]` entries up to the size, and the family's special
+tokens at the end, at their real ids when the size is the real one.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import gguf
@@ -61,12 +62,15 @@ http://example.com/path?query=1&other=2
 """  # noqa: RUF001 (letters that look alike are the point)
 
 
-def metadata(size: int) -> dict[str, Any]:
-    """The `tokenizer.*` keys for a table of `size` entries; BadInput where not even the least fits."""
+def metadata(size: int, texts: Iterable[str] | None = None) -> dict[str, Any]:
+    """The `tokenizer.*` keys for a table of `size` entries; BadInput where not even the least fits.
+
+    Merges are learnt from `texts`, by default from the few lines below.
+    """
     if size < SMALLEST:
         raise BadInput(f"vocabulary of {size}: expected {SMALLEST} or more: bytes, merges, special tokens")
     tail = min(_UNUSED_BEHIND, (size - SMALLEST) // 4)
-    learnt, merges = _learn(size - len(SPECIAL) - tail)
+    learnt, merges = _learn(size - len(SPECIAL) - tail, [_TEXT] if texts is None else texts)
     tokens = learnt + _padding(len(learnt), size - len(SPECIAL) - tail)
     first_special = len(tokens)
     tokens += SPECIAL
@@ -85,7 +89,7 @@ def metadata(size: int) -> dict[str, Any]:
     }
 
 
-def _learn(room: int) -> tuple[list[str], list[str]]:
+def _learn(room: int, texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """At most `room` tokens by id, and the merges ("a b") that make them."""
     tokenizer = Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(SPLIT), "isolated")
@@ -98,7 +102,7 @@ def _learn(room: int) -> tuple[list[str], list[str]]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([_TEXT], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     vocabulary = tokenizer.get_vocab()
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return sorted(vocabulary, key=vocabulary.__getitem__), [" ".join(pair) for pair in merges]

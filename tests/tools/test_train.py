@@ -1,0 +1,237 @@
+"""The trainer: its text, its tokenizer, its gradients, resuming, and the files it writes."""
+
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import relative_l2
+
+from scarlet_jax.errors import BadInput
+from scarlet_jax.load import load
+from scarlet_jax.tools.engines import llama_cpp
+from scarlet_jax.tools.train import corpus, export, network, products, skills, text
+
+pytest.importorskip("optax", reason="the train extra is not installed")
+from scarlet_jax.tools.train import loop
+
+# One layer of each kind; smaller than the model in the box in every axis that may be.
+SHAPE = dataclasses.replace(
+    network.SHAPE, block_count=2, feed_forward_length=512, head_count=2, head_count_kv=1, key_length=128
+)
+RECIPE = loop.Recipe(shape=SHAPE, steps=3, rows=2, length=33, warmup=1)
+
+
+def take(count, **options):
+    return list(itertools.islice(corpus.documents(3, corpus.HELD_OUT, **options), count))
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return text.vocabulary(SHAPE.vocab_size, seed=0)
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """Not quite those of the start: branches of full size, so that every part shows in the logits."""
+    rng = np.random.default_rng(1)
+    start = network.initial(SHAPE, seed=0)
+    return {
+        name: x * (1 + 0.3 * rng.standard_normal(x.shape).astype(np.float32)) for name, x in start.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def files(parameters, vocabulary, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("box")
+    paths = {quant: folder / f"{quant}.gguf" for quant in ("F32", "F16", "Q4_K_M")}
+    for quant, path in paths.items():
+        export.write(path, parameters, SHAPE, vocabulary, quant)
+    return paths
+
+
+# --- The corpus ---------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_documents_and_every_other_argument_gives_others():
+    draws = {
+        (seed, stream, part, kind): tuple(itertools.islice(corpus.documents(seed, stream, part, kind), 20))
+        for seed in (0, 1)
+        for stream in (corpus.TRAINING, corpus.HELD_OUT)
+        for part in (0, 1)
+        for kind in (None, "copy", "recall")
+    }
+    assert len(set(draws.values())) == len(draws)
+    for key, drawn in draws.items():
+        assert drawn == tuple(itertools.islice(corpus.documents(*key), 20))
+
+
+def test_recalled_values_are_those_given():
+    for document in take(100, kind="recall"):
+        pairs = dict(re.findall(r"(\w+) is (\w+)", document[0].prompt.split("\n")[0]))
+        for turn in document:
+            key = re.search(r"What is (\w+)", turn.prompt)[1]
+            assert turn.answer == f" {pairs[key]}.\n"
+
+
+def test_copies_sums_and_counts_are_right():
+    for document in take(50, kind="copy"):
+        assert document[0].prompt == f"Copy:{document[0].answer[:-1]}\nAgain:"
+    for turn in itertools.chain.from_iterable(take(50, kind="arithmetic")):
+        a, sign, b = turn.prompt.split()[:3]
+        assert int(turn.answer.strip(" .\n")) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+    for document in take(50, kind="counting"):
+        first, last = map(int, re.findall(r"\d+", document[0].prompt))
+        step = 1 if first < last else -1
+        assert document[0].answer == f" {' '.join(map(str, range(first, last + step, step)))}.\n"
+
+
+def test_answers_about_a_story_are_in_the_story():
+    for document in take(100, kind="story"):
+        story, *questions = document
+        for turn in questions:
+            answer = re.sub(r"^ (It is |In the |To the )?|\.\n$", "", turn.answer)
+            assert answer.lower() in story.answer.lower(), (story, turn)
+
+
+# --- The tokenizer ------------------------------------------------------------------------------------------
+
+
+def test_documents_become_the_tokens_that_llama_cpp_gives_them(vocabulary, files):
+    """Turn by turn, too: where a prompt ends, no token goes on."""
+    encoder = text.Encoder(text.tokenizer(vocabulary))
+    with llama_cpp.Engine(files["F32"]) as engine:
+        for document in take(150):
+            whole = "".join(turn.prompt + turn.answer for turn in document)
+            tokens, _ = encoder.encode(document)
+            assert tokens[:-1] == engine.model.tokenize(whole)
+
+
+def test_batches_are_whole_rows_of_documents_in_order(vocabulary):
+    encoder = text.Encoder(text.tokenizer(vocabulary))
+    batch = text.batch(encoder, iter(take(40)), rows=2, length=50)
+    assert batch.tokens.shape == batch.weight.shape == (2, 51)
+    expected = [encoder.end, *itertools.chain.from_iterable(encoder.encode(d)[0] for d in take(20))][:51]
+    assert batch.tokens[0].tolist() == expected
+    assert set(np.unique(batch.weight)) == {np.float32(0), np.float32(text.PROMPT_WEIGHT), np.float32(1)}
+
+
+# --- What is trained ----------------------------------------------------------------------------------------
+
+
+def test_products_and_their_gradients():
+    rng = np.random.default_rng(0)
+    x, w, dy = (rng.standard_normal(s).astype(np.float32) for s in ((2, 5, 70), (30, 70), (2, 5, 30)))
+    y, backward = jax.vjp(products.qmatmul, jnp.asarray(x), jnp.asarray(w))
+    dx, dw = backward(jnp.asarray(dy))
+    # Each factor is rounded to 8 bits: 2^-9 of itself on average, and sums do not add to that.
+    assert relative_l2(y, x.astype(float) @ w.T) < 4e-3
+    assert relative_l2(dx, dy.astype(float) @ w) < 4e-3
+    assert relative_l2(dw, np.einsum("bto,bti->oi", dy.astype(float), x)) < 4e-3
+
+
+def test_training_logits_are_the_engines(parameters, vocabulary, files):
+    tokens = np.random.default_rng(2).integers(0, SHAPE.vocab_size, 40)
+    cfg = network.config(SHAPE, vocabulary)
+    ours = np.asarray(network.logits(parameters, jnp.asarray(tokens[None], jnp.int32), cfg))[0]
+    theirs = np.asarray(load(files["F32"]).forward(tokens)[0])
+    # Products of bf16 factors, one after another through two layers and the head.
+    assert relative_l2(ours, theirs) < 3e-2
+
+
+def test_the_loss_is_the_weighted_mean_of_what_the_logits_say(parameters, vocabulary):
+    cfg = network.config(SHAPE, vocabulary)
+    batch = text.batch(text.Encoder(text.tokenizer(vocabulary)), iter(take(20)), rows=2, length=20)
+    logits = np.asarray(network.logits(parameters, batch.tokens[:, :-1], cfg), np.float64)
+    nats = (
+        np.log(np.exp(logits).sum(-1))
+        - np.take_along_axis(logits, np.asarray(batch.tokens)[:, 1:, None], axis=-1)[..., 0]
+    )
+    expected = np.average(nats, weights=np.asarray(batch.weight)[:, 1:])
+    assert float(network.loss(parameters, batch, cfg)) == pytest.approx(expected, rel=1e-5)  # f32 sums
+
+
+def test_no_parameter_is_left_without_a_gradient(parameters, vocabulary):
+    cfg = network.config(SHAPE, vocabulary)
+    batch = text.batch(text.Encoder(text.tokenizer(vocabulary)), iter(take(20)), rows=2, length=30)
+    gradient = jax.jit(jax.grad(network.loss), static_argnums=2)(parameters, batch, cfg)
+    assert [name for name, g in gradient.items() if not np.any(g) or not np.all(np.isfinite(g))] == []
+
+
+# --- The loop -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # compiles the whole step three times
+@jax.numpy_dtype_promotion("standard")  # optax mixes integers and floats
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path):
+    *_, whole = loop.train(RECIPE, loop.start(RECIPE))
+    part = next(loop.train(RECIPE, loop.start(RECIPE)))
+    loop.save(tmp_path / "c", RECIPE, part)
+    *_, resumed = loop.train(RECIPE, loop.restore(tmp_path / "c", RECIPE))
+    assert resumed.step == whole.step == RECIPE.steps
+    assert resumed.losses == whole.losses
+    for name, x in whole.parameters.items():
+        np.testing.assert_array_equal(resumed.parameters[name], x, name)
+
+
+def test_checkpoints_of_another_recipe_and_other_files_are_refused(tmp_path):
+    path = tmp_path / "c"
+    loop.save(path, RECIPE, loop.start(RECIPE))
+    with pytest.raises(BadInput, match="another recipe"):
+        loop.restore(path, dataclasses.replace(RECIPE, rows=3))
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        loop.restore(path, RECIPE)
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["F32", "F16"])
+def test_files_load_in_llama_cpp_with_equal_logits(files, quant):
+    tokens = np.random.default_rng(4).integers(0, SHAPE.vocab_size, 30).tolist()
+    with llama_cpp.Engine(files[quant]) as engine:
+        theirs = engine.decode(tokens)
+    ours = np.asarray(load(files[quant]).forward(tokens)[0])
+    # llama.cpp rounds activations to f16 before a product with F16 weights.
+    assert relative_l2(theirs, ours) < {"F32": 1e-5, "F16": 2e-3}[quant]
+
+
+def test_the_quantised_file_has_the_stock_mix(files):
+    types = {name: tensor.qtype for name, tensor in load(files["Q4_K_M"]).gguf.tensors.items()}
+    assert types["blk.0.attn_qkv.weight"] == "Q5_K"
+    assert types["token_embd.weight"] == "Q6_K"
+    assert types["blk.0.ffn_gate.weight"] == "Q4_K"
+    packed = {qtype for qtype in types.values() if qtype != "F32"}
+    assert packed == {"Q4_K", "Q5_K", "Q6_K"}  # no fallback: every row is whole blocks of 256
+
+
+def test_what_cannot_be_written_is_said_in_a_line(parameters, vocabulary, tmp_path):
+    with pytest.raises(BadInput, match="cannot be written"):
+        export.write(tmp_path / "no" / "such.gguf", parameters, SHAPE, vocabulary, "F32")
+
+
+# --- Skills -------------------------------------------------------------------------------------------------
+
+
+def test_a_score_is_what_greedy_generation_gets_right(files):
+    """An untrained model gets nothing right: what it does say is taken for the answer, and then spoilt."""
+    model = load(files["F32"])
+    prompt = model.tokenizer.encode("Copy: rain star.")
+    start = [text.Encoder(model.tokenizer).end, *prompt]
+    answer = list(model.generate(start, max_tokens=4, temperature=0))
+    log_p = np.asarray(jax.nn.log_softmax(model.forward([*start, *answer])[0]))
+    assert skills.score_row(log_p, [(prompt, answer)])[0].exact
+    for i in range(len(answer)):
+        wrong = [*answer[:i], (answer[i] + 1) % SHAPE.vocab_size, *answer[i + 1 :]]
+        assert not skills.score_row(log_p, [(prompt, wrong)])[0].exact
+
+
+def test_scores_count_the_turns_that_are_asked(files):
+    scored = skills.score(load(files["F32"]), "story", documents=5)
+    assert scored.turns == 10  # two questions a story
+    assert scored.right == 0
+    assert scored.perplexity > 100  # nothing learnt: about the size of the vocabulary
