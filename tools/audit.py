@@ -22,11 +22,12 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf.quants
+import jax
 import jax.numpy as jnp
 import numpy as np
 from gguf.constants import GGMLQuantizationType
@@ -86,16 +87,26 @@ def run(args: argparse.Namespace) -> int:
     return 1 if report["findings"] else 0
 
 
-def audit(path: Path, record: Path | None = None) -> dict[str, Any]:
-    """Check every tensor of the file and every decoder; plain data, ready for JSON."""
+def audit(
+    path: Path,
+    record: Path | None = None,
+    decoder: Callable[[jax.Array, str], jax.Array] = decode,
+    implementation: str = "auto",
+) -> dict[str, Any]:
+    """Check every tensor of the file and every decoder; plain data, ready for JSON.
+
+    `decoder` and `implementation` are what is on trial: `quants.decode`, or something of its signature, and the
+    name of who does the products.
+    """
     file = reader.read(path)
-    findings = [f for f in map(check_random_blocks, sorted(set(DECODERS) - set(_FLOATS))) if f]
+    qtypes = sorted(set(DECODERS) - set(_FLOATS))
+    findings = [f for qtype in qtypes if (f := check_random_blocks(qtype, decoder))]
     with Progress(transient=True, console=Console(stderr=True), disable=not os.isatty(2)) as progress:
         task = progress.add_task("decoding", total=len(file.tensors))
         for name, tensor in file.tensors.items():
-            findings += filter(None, [check_tensor(name, tensor)])
+            findings += filter(None, [check_tensor(name, tensor, decoder)])
             progress.advance(task)
-    findings += check_products(file.tensors)
+    findings += check_products(file.tensors, implementation)
     pairs = collections.Counter((role(name), tensor.qtype) for name, tensor in file.tensors.items())
     wrong_types = {f.qtype for f in findings}
     verified = _remember(record, {pair for pair in pairs if pair[1] not in wrong_types}, path.name)
@@ -117,7 +128,7 @@ def role(name: str) -> str:
     return re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
 
 
-def check_tensor(name: str, tensor: Any) -> Finding | None:
+def check_tensor(name: str, tensor: Any, decoder: Any = decode) -> Finding | None:
     """Our decoder against the reference's, over the whole tensor; no finding for types without a reference."""
     rows = tensor.data.reshape(-1, tensor.data.shape[-1])
     elements = int(tensor.shape[-1]) if tensor.shape else 1
@@ -125,7 +136,7 @@ def check_tensor(name: str, tensor: Any) -> Finding | None:
     wrong, largest, first, seen = 0, 0.0, -1, 0
     for start in range(0, len(rows), step):
         part = np.ascontiguousarray(rows[start : start + step])
-        differ, by = compare(ours(part, tensor.qtype), reference(part, tensor.qtype))
+        differ, by = compare(ours(part, tensor.qtype, decoder), reference(part, tensor.qtype))
         if differ.size:
             first = seen + int(differ[0]) if first < 0 else first
             wrong, largest = wrong + len(differ), max(largest, by)
@@ -133,17 +144,17 @@ def check_tensor(name: str, tensor: Any) -> Finding | None:
     return Finding(name, role(name), tensor.qtype, wrong, seen, largest, first) if wrong else None
 
 
-def check_random_blocks(qtype: str) -> Finding | None:
+def check_random_blocks(qtype: str, decoder: Any = decode) -> Finding | None:
     """A decoder on random bytes, whatever the model holds."""
     blocks = np.random.default_rng(0).integers(0, 256, (_RANDOM_BLOCKS, block_size(qtype)[1]), np.uint8)
-    mine, theirs = ours(blocks, qtype), reference(blocks, qtype)
+    mine, theirs = ours(blocks, qtype, decoder), reference(blocks, qtype)
     differ, by = compare(mine, theirs)
     if not differ.size:
         return None
     return Finding("random blocks", "decoder", qtype, len(differ), mine.size, by, int(differ[0]))
 
 
-def check_products(tensors: Mapping[str, Any]) -> list[Finding]:
+def check_products(tensors: Mapping[str, Any], implementation: str = "auto") -> list[Finding]:
     """One weight for each role and type, read back through the engine's own product with unit vectors."""
     findings, done = [], set()
     for name, tensor in tensors.items():
@@ -156,7 +167,8 @@ def check_products(tensors: Mapping[str, Any]) -> list[Finding]:
         columns = np.unique(np.linspace(0, inner - 1, min(inner, _PRODUCT_COLUMNS)).astype(int))
         units = np.zeros((len(columns), inner), np.float32)
         units[np.arange(len(columns)), columns] = 1
-        read_back = np.asarray(linear(jnp.asarray(units), QTensor(jnp.asarray(rows), tensor.qtype))).T
+        weight = QTensor(jnp.asarray(rows), tensor.qtype)
+        read_back = np.asarray(linear(jnp.asarray(units), weight, implementation=implementation)).T
         right = reference(rows, tensor.qtype)[:, columns]
         # A product may add zeros in any order, but one weight times one is that weight to the last few bits.
         off = np.abs(read_back - right) > 1e-6 * np.abs(right).max(initial=1e-30)
@@ -169,9 +181,9 @@ def check_products(tensors: Mapping[str, Any]) -> list[Finding]:
     return findings
 
 
-def ours(rows: np.ndarray, qtype: str) -> np.ndarray:
+def ours(rows: np.ndarray, qtype: str, decoder: Any = decode) -> np.ndarray:
     """Rows of bytes by our decoder, f32."""
-    return np.asarray(decode(jnp.asarray(rows), qtype), np.float32)
+    return np.asarray(decoder(jnp.asarray(rows), qtype), np.float32)
 
 
 def reference(rows: np.ndarray, qtype: str) -> np.ndarray:

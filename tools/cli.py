@@ -32,6 +32,9 @@ COMMANDS = {
     "perplexity": Command(
         "scarlet_jax.tools.perplexity", "how well a model predicts a text, and how near it is to another"
     ),
+    "drill": Command(
+        "scarlet_jax.tools.drill", "put a fault into a copy of a decoder, and find it from activations"
+    ),
     "bench": Command("scarlet_jax.tools.bench", "how fast a model runs, beside llama.cpp on the same file"),
     "kernel-bench": Command(
         "scarlet_jax.tools.kernel_bench", "how fast each kernel is, by block format and rows"

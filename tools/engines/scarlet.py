@@ -30,16 +30,21 @@ _PRODUCTS = {
 
 
 def taps(
-    path: str | os.PathLike[str], tokens: Sequence[int], select: str | None = None, decode: int = 0
+    path: str | os.PathLike[str],
+    tokens: Sequence[int],
+    select: str | None = None,
+    decode: int = 0,
+    implementation: str | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, str]], str]:
     """Runs `tokens` and returns (taps, weights, the engine's name and version).
 
     Taps are name -> f32, token axis first, in execution order; `select` is a regular expression that a name
     has to contain a match of. Weights are tap -> (name, quant type). The last `decode` tokens are fed one at a
-    time, the others in one pass; `steps.join` puts the parts together. Raises BadInput as `scarlet_jax.load`.
+    time, the others in one pass; `steps.join` puts the parts together. `implementation` is Model's. Raises BadInput as
+    `scarlet_jax.load`.
     """
     passes = steps.split(tokens, decode)
-    model = scarlet_jax.load(Path(path))
+    model = scarlet_jax.load(Path(path), implementation=implementation)
     parts = []
     state, seen = None, 0
     for part in passes:

@@ -1,0 +1,260 @@
+"""Practises the fault that this project was born from: puts it into a copy of our decoder, and finds it again.
+
+Q5_K keeps the fifth bits of 256 weights as eight planes of 32 bytes. The faulty copy has one mask for both nibbles
+of a byte: a high nibble takes the bit of the low one. Everything else, this program's own decoders too, stays right.
+
+First a stock mix, whose attn_qkv is Q5_K: the text becomes garbage, and engine-parity names the operation, the
+weight, the type and the cause from two dumps, ours and llama.cpp's. Then a "merge", the same model with Q6_K in
+place of Q5_K: the text is right, nothing differs, and only `audit` gives the fault away.
+
+Without MODEL it is the model in the box, or a random one of the same architecture where there is none: its text
+means nothing, but it changes all the same. Exit code: 0 if the fault is found and named, 1 if not.
+
+example: scarlet drill --json drill.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import scarlet_jax
+from scarlet_jax import gguf as reader
+from scarlet_jax import hub
+from scarlet_jax.errors import BadInput
+from scarlet_jax.ops import cpu, implementations, portable
+from scarlet_jax.ops.qtensor import QTensor, block_size
+from scarlet_jax.ops.quants import decode
+from scarlet_jax.tools import audit, common, synth
+from scarlet_jax.tools.engines import ggml, llama_cpp, scarlet
+from scarlet_jax.tools.parity import Dump, terminal
+from scarlet_jax.tools.parity.compare import Comparison
+from scarlet_jax.tools.parity.weights import ModelWeights
+
+BROKEN, SPARED = "Q5_K", "Q6_K"
+CAUSE = "q5_k-high-bit"
+FAULTY = "faulty copy"  # the implementation's name, while there is one
+BOX = Path(scarlet_jax.__file__).parent / "data" / "box.gguf"
+_QH = slice(16, 48)  # bytes of a Q5_K block: the fifth bits, bit b of each byte for sub-block b
+_DIFF = """\
+  low  = (qs & 0x0F) | fifth_bit(qh, 2 * j)     << 4
+[red]- high = (qs >> 4)   | fifth_bit(qh, 2 * j + 1) << 4[/]
+[green]+ high = (qs >> 4)   | fifth_bit(qh, 2 * j)     << 4[/]"""
+
+
+# --- The fault ----------------------------------------------------------------------------------------------
+
+
+def misread(rows: jax.Array, qtype: str) -> jax.Array:
+    """Packed rows as the faulty copy sees them: in Q5_K both nibbles of a byte have the low one's fifth bit.
+
+    What a wrong decoder makes of right bytes is what the right one makes of bytes with each odd plane of `qh`
+    replaced by the even one below it.
+    """
+    if qtype != BROKEN:
+        return rows
+    blocks = rows.reshape(*rows.shape[:-1], -1, block_size(BROKEN)[1])
+    even = blocks[..., _QH] & 0x55
+    return blocks.at[..., _QH].set(even | (even << 1)).reshape(rows.shape)
+
+
+def decode_wrongly(rows: jax.Array, qtype: str) -> jax.Array:
+    """`quants.decode` with the fault."""
+    return decode(misread(rows, qtype), qtype)
+
+
+class FaultyCopy:
+    """An implementation of products (see `ops.implementations`): the best there is, with the fault."""
+
+    def unavailable(self) -> None:
+        """It can always run."""
+
+    def qmatmul(self, x: jax.Array, w: Any) -> jax.Array:
+        """As `portable.qmatmul`."""
+        if isinstance(w, QTensor):
+            w = dataclasses.replace(w, blocks=misread(jnp.asarray(w.blocks), w.qtype))
+        return (portable if cpu.unavailable() else cpu).qmatmul(x, w)
+
+
+@contextlib.contextmanager
+def faulty_copy() -> Iterator[None]:
+    """Within, there is an implementation of the name FAULTY, for those who ask for it."""
+    implementations.IMPLEMENTATIONS[FAULTY] = FaultyCopy()
+    try:
+        yield
+    finally:
+        del implementations.IMPLEMENTATIONS[FAULTY]
+
+
+# --- The models ---------------------------------------------------------------------------------------------
+
+
+def make_merge(source: Path, target: Path) -> None:
+    """A copy of a file with every Q5_K tensor requantised to Q6_K by llama.cpp's quantiser."""
+    file = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, str(file.fields["general.architecture"].contents()))
+    writer.data_alignment = file.alignment
+    for name, field in file.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":  # the writer's own
+            continue
+        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    for tensor in file.tensors:
+        data, kind = tensor.data, tensor.tensor_type
+        if kind.name == BROKEN:
+            data, kind = ggml.quantize(gguf.dequantize(data, kind), SPARED), gguf.GGMLQuantizationType[SPARED]
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def stock_model(name: str | None, folder: Path) -> tuple[Path, bool]:
+    """The file to practise on, and whether it is a random one made for the occasion."""
+    if name is None and not BOX.is_file():
+        return synth.write(folder / "stock.gguf", synth.SIZES["qwen35", "tiny"], "Q4_K_M"), True
+    path = BOX if name is None else hub.resolve(name)
+    if BROKEN not in {tensor.qtype for tensor in reader.read(path).tensors.values()}:
+        raise BadInput(f"{path}: no tensor is {BROKEN}; expected a stock mix, such as Q4_K_M")
+    return path, False
+
+
+# --- The practice -------------------------------------------------------------------------------------------
+
+
+def practise(path: Path, prompt: str, count: int) -> dict[str, Any]:
+    """One model by the right decoder and by the faulty copy: texts and verdicts."""
+    model = scarlet_jax.load(path)
+    tokens = model.tokenizer.encode(prompt)
+    reference = _dump(tokens, *llama_cpp.taps(path, tokens))
+    reports = {
+        side: Comparison(
+            _dump(tokens, *scarlet.taps(path, tokens, implementation=implementation)),
+            reference,
+            ModelWeights(path),
+        ).report()
+        for side, implementation in (("before", FAULTY), ("after", None))
+    }
+    tap = (reports["before"]["first"] or {}).get("tap")
+    return {
+        "text_right": _text(model, tokens, count),
+        "text_wrong": _text(scarlet_jax.load(path, implementation=FAULTY), tokens, count),
+        **{key: reports["before"][key] for key in ("verdict", "class", "first", "factor", "cause")},
+        "sentence": terminal.sentence(reports["before"]),
+        "before": _figures(reports["before"], tap),
+        "after": _figures(reports["after"], tap) | {"verdict": reports["after"]["verdict"]},
+    }
+
+
+def _dump(tokens: Sequence[int], taps: Mapping[str, Any], weights: Any, engine: str) -> Dump:
+    return Dump(taps, engine, tokens=tokens, order=list(taps), weights=weights)
+
+
+def _text(model: scarlet_jax.Model, tokens: Sequence[int], count: int) -> str:
+    """The prompt's greedy continuation."""
+    return model.tokenizer.decode(model.generate(tokens, max_tokens=count), special=False)
+
+
+def _figures(report: Mapping[str, Any], name: str | None) -> dict[str, float | None]:
+    """How far a tap is from the reference's."""
+    tap = next((tap for tap in report["taps"] if tap["name"] == name), {})
+    return {key: tap.get(key) for key in ("norm_ratio", "relative_l2", "cosine")}
+
+
+def found(result: Mapping[str, Any]) -> bool:
+    """Whether the fault was found and named in the stock mix, and given away by the audit alone in the merge."""
+    stock, merge = result["stock"], result["merge"]
+    named = (stock["first"] or {}).get("qtype") == BROKEN and (stock["cause"] or {}).get("name") == CAUSE
+    survives = merge["text_right"] == merge["text_wrong"] and merge["verdict"] in ("clean", "noise")
+    caught = {finding["qtype"] for finding in merge["audit"]["findings"]} == {BROKEN}
+    return bool(named and stock["after"]["verdict"] in ("clean", "noise") and survives and caught)
+
+
+# --- The command --------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's flags."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", help="a .gguf with Q5_K tensors (the model in the box)")
+    add("-p", "--prompt", metavar="TEXT", default="One morning, ", help="what to continue")
+    add("-n", metavar="N", type=int, default=24, help="tokens of text (24)")
+    common.add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; 1 if the fault was not found."""
+    if args.n < 1:
+        raise BadInput(f"-n {args.n}: expected 1 or more")
+    if not args.prompt:
+        raise BadInput("-p: the prompt is empty; expected one token or more")
+    with tempfile.TemporaryDirectory(prefix="scarlet-drill-") as folder, faulty_copy():
+        path, made = stock_model(args.model, Path(folder))
+        merge = Path(folder) / "merge.gguf"
+        result: dict[str, Any] = {"model": path.name, "made": made, "prompt": args.prompt}
+        with common.waiting("a stock mix"):
+            result["stock"] = practise(path, args.prompt, args.n)
+        make_merge(path, merge)
+        with common.waiting("a merge"):
+            result["merge"] = practise(merge, args.prompt, args.n)
+            result["merge"]["audit"] = audit.audit(merge, None, decode_wrongly, FAULTY)
+    result["found"] = found(result)
+    if args.json:
+        common.write_json(args.json, result)
+    if args.json != "-":
+        show(result, Console(highlight=False))
+    return 0 if result["found"] else 1
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """The drill as a story in two parts."""
+    stock, merge = result["stock"], result["merge"]
+    console.print("The fault, in a copy of the Q5_K decoder: one mask for both nibbles of a byte")
+    console.print(_DIFF)
+    console.rule(f"1. A stock mix: {result['model']}", align="left")
+    if result["made"]:
+        console.print("[dim]A random model: its text means nothing, with the fault or without.[/]")
+    _show_texts(stock, result["prompt"], console)
+    console.print(f"[bold red]{stock['verdict']}[/]  {escape(stock['sentence'])}", soft_wrap=True)
+    console.print(_before_and_after(stock))
+    console.rule("2. A merge: the same, but Q6_K in place of Q5_K", align="left")
+    _show_texts(merge, result["prompt"], console)
+    console.print(f"[bold green]{merge['verdict']}[/]  {escape(merge['sentence'])}", soft_wrap=True)
+    console.print(
+        "The same wrong decoder, and nothing to see. The audit, which tries what this file does not use:"
+    )
+    audit.show(merge["audit"], console)
+    end = "[bold green]found[/], and named" if result["found"] else "[bold red]not found[/] as it should be"
+    console.print(f"\nThe fault was {end}.")
+
+
+def _show_texts(part: Mapping[str, Any], prompt: str, console: Console) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, key in (("right", "text_right"), ("faulty", "text_wrong")):
+        text = common.visible(part[key]).replace("\n", " ")
+        table.add_row(f"[bold]{label}[/]", f"[dim]{escape(prompt)}[/]{escape(text)}")
+    console.print(table)
+
+
+def _before_and_after(part: Mapping[str, Any]) -> Table:
+    first = part["first"] or {"tap": "?"}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in (first["tap"], "|a|/|b|", "|a-b|/|b|", "cosine"):
+        table.add_column(heading, justify="left" if heading == first["tap"] else "right")
+    for label, key in (("with the fault", "before"), ("without it", "after")):
+        numbers = (part[key][name] for name in ("norm_ratio", "relative_l2", "cosine"))
+        table.add_row(label, *("-" if number is None else f"{number:.4f}" for number in numbers))
+    return table
