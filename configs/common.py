@@ -24,6 +24,7 @@ def config(meta: Metadata, name: str, block: Callable[[Metadata, int], Block]) -
     """The whole model, from the keys under the architecture's name."""
     blocks = meta.integer(f"{name}.block_count")
     meta.require(blocks > 0, f"{name}.block_count", "1 or more")
+    _refuse_unsupported(meta, name)
     return Config(
         architecture=name,
         name=meta.string("general.name", ""),
@@ -34,6 +35,24 @@ def config(meta: Metadata, name: str, block: Callable[[Metadata, int], Block]) -
         blocks=tuple(block(meta, i) for i in range(blocks)),
         taps=TAPS,
     )
+
+
+# Keys of these architectures that ask for maths which is not written here, unless they hold a zero.
+_UNSUPPORTED = {
+    "expert_count": "none: mixtures of experts are not supported in this architecture",
+    "attention.scale": "none: attention scales other than 1/sqrt(key_length) are not supported",
+    "attention.sliding_window": "none: sliding-window attention is not supported",
+    "attention.clamp_kqv": "none: clamped queries, keys and values are not supported",
+    "nextn_predict_layers": "none: prediction blocks are not supported in this architecture",
+}
+
+
+def _refuse_unsupported(meta: Metadata, name: str) -> None:
+    """What would run wrongly is refused by name."""
+    for feature, expected in _UNSUPPORTED.items():
+        meta.require(meta.number(f"{name}.{feature}", 0.0) == 0, f"{name}.{feature}", expected)
+    causal = f"{name}.attention.causal"
+    meta.require(causal not in meta or meta.integers(causal, 1)[0] == 1, causal, "true, or absent")
 
 
 def attention(

@@ -12,7 +12,7 @@ from support_transformers import dense_logits
 from test_model import TOLERANCE, assert_taps_agree, every_implementation, ours_named
 
 import scarlet_jax
-from scarlet_jax import BadInput
+from scarlet_jax import BadInput, configs, gguf
 from scarlet_jax.tools import synth
 from scarlet_jax.tools.engines import llama_cpp
 
@@ -128,6 +128,25 @@ def test_a_fault_is_seen(mistake):
         first = dataclasses.replace(first, mixer=dataclasses.replace(first.mixer, **wrong))
         ours.config = dataclasses.replace(ours.config, blocks=(first, *rest))
     assert relative_l2(ours.forward(ids)[0], oracle.forward(path(shape), ids)[0]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("expert_count", 8, "mixtures of experts are not supported"),
+        ("attention.scale", 0.5, "attention scales other than"),
+        ("attention.sliding_window", 128, "sliding-window attention is not supported"),
+        ("attention.clamp_kqv", 8.0, "clamped queries"),
+        ("nextn_predict_layers", 1, "prediction blocks are not supported"),
+        ("attention.causal", False, "true, or absent"),
+        ("rope.scaling.type", "yarn", "no scaling"),
+    ],
+)
+def test_an_unsupported_feature_is_refused_by_name(key, value, expected):
+    file = gguf.read(path(DENSE_SHAPES["llama"]))
+    claims = gguf.Metadata(dict(file.metadata) | {f"llama.{key}": value}, file.path, file.tensors)
+    with pytest.raises(BadInput, match=rf"'llama\.{key}' is .*{expected}"):
+        configs.find("llama").config(claims)
 
 
 def test_a_table_of_factors_of_the_wrong_length_is_refused(tmp_path):
