@@ -18,3 +18,6 @@ say "Every activation of both engines, compared"
 scarlet taps "$model" -p "Hello, world" -o "$folder/ours.safetensors"
 scarlet taps "$model" -p "Hello, world" -o "$folder/theirs.safetensors" --engine llama.cpp
 scarlet parity "$folder/ours.safetensors" "$folder/theirs.safetensors" --model "$model"
+
+say "The fault that this project was born from, put into a copy of a decoder and found again"
+scarlet drill

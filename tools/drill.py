@@ -19,7 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,28 @@ def decode_wrongly(rows: jax.Array, qtype: str) -> jax.Array:
 
 
 class FaultyCopy:
-    """An implementation of products (see `ops.implementations`): the best there is, with the fault."""
+    """An implementation (see `ops.implementations`): each operation of the best there is, of misread weights."""
+
+    def __init__(self) -> None:
+        self._right = portable if cpu.unavailable() else cpu
 
     def unavailable(self) -> None:
         """It can always run."""
 
-    def qmatmul(self, x: jax.Array, w: Any) -> jax.Array:
-        """As `portable.qmatmul`."""
-        if isinstance(w, QTensor):
-            w = dataclasses.replace(w, blocks=misread(jnp.asarray(w.blocks), w.qtype))
-        return (portable if cpu.unavailable() else cpu).qmatmul(x, w)
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        right = getattr(self._right, operation)
+
+        def faulty(*arguments: Any, **options: Any) -> Any:
+            misread_all = jax.tree.map(_misread_weight, arguments, is_leaf=lambda x: isinstance(x, QTensor))
+            return right(*misread_all, **options)
+
+        return faulty
+
+
+def _misread_weight(x: Any) -> Any:
+    if not isinstance(x, QTensor):
+        return x
+    return dataclasses.replace(x, blocks=misread(jnp.asarray(x.blocks), x.qtype))
 
 
 @contextlib.contextmanager
