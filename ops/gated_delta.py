@@ -100,25 +100,7 @@ def _unchunk(o: jax.Array) -> jax.Array:
 
 def _solve(lower: jax.Array, *columns: jax.Array) -> list[jax.Array]:
     """Solve (I + lower) x = column for each column (..., chunk, n); `lower` is strictly lower triangular."""
-    solved = einsum("...ij,...jk->...ik", _inverse(lower), jnp.concatenate(columns, axis=-1))
+    matrix = lower + jnp.eye(lower.shape[-1])
+    joined = jnp.concatenate(columns, axis=-1)
+    solved = jax.scipy.linalg.solve_triangular(matrix, joined, lower=True, unit_diagonal=True)
     return jnp.split(solved, [columns[0].shape[-1]], axis=-1)
-
-
-@jax.jit
-def _inverse(lower: jax.Array) -> jax.Array:
-    """(I + lower)^-1 for (..., chunk, chunk), chunk a power of two, by diagonal blocks of doubling size.
-
-    Products only: the LAPACK solver that XLA:CPU calls instead may wait for ever for the threads it runs on,
-    and the BLAS beneath it starts more than there are cores.
-    """
-    *batch, chunk, _ = lower.shape
-    inverse = jnp.ones((*batch, chunk, 1, 1))
-    for size in (1 << i for i in range(chunk.bit_length() - 1)):
-        blocks = lower.reshape(*batch, chunk // (2 * size), 2 * size, chunk // (2 * size), 2 * size)
-        blocks = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
-        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        corner = einsum("...ij,...jk->...ik", blocks[..., size:, :size], first)
-        corner = -einsum("...ij,...jk->...ik", second, corner)
-        top = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
-        inverse = jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-    return inverse[..., 0, :, :]

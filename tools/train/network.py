@@ -26,7 +26,7 @@ from scarlet_jax.types import Array
 Parameters = dict[str, Array]
 
 PRODUCTS = "train"  # whose products are used
-implementations.IMPLEMENTATIONS[PRODUCTS] = products
+implementations.OPT_IN[PRODUCTS] = products
 
 # Every row is a multiple of 256 long, so that all K-quants fit, and no two axes are of one size if it can be.
 SHAPE = synth.Shape(
