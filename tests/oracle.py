@@ -195,10 +195,10 @@ def rope_adjacent(
     rotary: int,
     sections: Sequence[int],
     base: float,
-    *factors: np.ndarray,
+    factors: np.ndarray | float = 1,
 ) -> np.ndarray:
     """Turn x (T, heads, H) by positions (4, T): dims 2i and 2i + 1 pair up, those >= rotary pass."""
-    angle = rope_angles(positions, rotary, sections, base, *factors)
+    angle = rope_angles(positions, rotary, sections, base, factors)
     turned = (x[..., 0:rotary:2] + 1j * x[..., 1:rotary:2]) * np.exp(1j * angle)[:, None]
     pairs = np.stack([turned.real, turned.imag], axis=-1).reshape(*x.shape[:-1], rotary)
     return np.concatenate([pairs, x[..., rotary:]], axis=-1)
@@ -210,11 +210,11 @@ def rope(
     rotary: int,
     sections: Sequence[int],
     base: float,
-    *factors: np.ndarray,
+    factors: np.ndarray | float = 1,
 ) -> np.ndarray:
     """Turn x (T, heads, H) by positions (4, T): dims i and i + rotary/2 pair up, those >= rotary pass."""
     half = rotary // 2
-    angle = rope_angles(positions, rotary, sections, base, *factors)
+    angle = rope_angles(positions, rotary, sections, base, factors)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     a, b, rest = np.split(x, [half, rotary], axis=-1)
     return np.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)

@@ -297,9 +297,23 @@ HARMLESS = {
     "states = np.zeros((T + 1, Hv, Dv, v.shape[-1]))",
     "states = np.zeros((T + 2, Hv, Dv, k.shape[-1]))",
     "states = np.zeros((Dv + 1, Hv, Dv, k.shape[-1]))",
+    # The models here all have sections; those of test_dense.py have none, and text's positions are alike.
+    "component = [rope_component(i, sections) if len(sections) else 1 for i in range(half)]",
+    "component = [rope_component(i, sections) if len(sections) else -1 for i in range(half)]",
 }
 FORMULAS = (
-    *("rms", "l2", "sigmoid", "silu", "softplus", "rope_component", "rope", "kv_head", "key_head"),
+    *(
+        "rms",
+        "l2",
+        "sigmoid",
+        "silu",
+        "softplus",
+        "rope_component",
+        "rope_angles",
+        "rope",
+        "kv_head",
+        "key_head",
+    ),
     *("query_and_gate", "causal_softmax", "causal_conv", "attention_scale", "query_scale", "delta_rule"),
     "gated_norm",
 )
