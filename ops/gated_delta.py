@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from scarlet_jax.ops import implementations
 from scarlet_jax.ops.einsum import einsum
 
 CHUNK = 64  # tokens solved together; the published kernels' choice, and llama.cpp's
@@ -100,7 +101,10 @@ def _unchunk(o: jax.Array) -> jax.Array:
 
 def _solve(lower: jax.Array, *columns: jax.Array) -> list[jax.Array]:
     """Solve (I + lower) x = column for each column (..., chunk, n); `lower` is strictly lower triangular."""
-    matrix = lower + jnp.eye(lower.shape[-1])
     joined = jnp.concatenate(columns, axis=-1)
-    solved = jax.scipy.linalg.solve_triangular(matrix, joined, lower=True, unit_diagonal=True)
+    if implementations.offered("solve"):
+        solved = implementations.call("solve", lower, joined)
+    else:
+        matrix = lower + jnp.eye(lower.shape[-1])
+        solved = jax.scipy.linalg.solve_triangular(matrix, joined, lower=True, unit_diagonal=True)
     return jnp.split(solved, [columns[0].shape[-1]], axis=-1)

@@ -12,6 +12,7 @@ from support import relative_l2
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.load import load
+from scarlet_jax.ops import implementations
 from scarlet_jax.tools.engines import llama_cpp
 from scarlet_jax.tools.train import corpus, export, network, products, skills, text
 
@@ -131,6 +132,35 @@ def test_products_and_their_gradients():
     assert relative_l2(y, x.astype(float) @ w.T) < 4e-3
     assert relative_l2(dx, dy.astype(float) @ w) < 4e-3
     assert relative_l2(dw, np.einsum("bto,bti->oi", dy.astype(float), x)) < 4e-3
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_the_delta_rules_system_and_its_gradients(size):
+    """Against float64: the inverse by LAPACK, and differences of it for the gradients."""
+    rng = np.random.default_rng(size)
+    lower = np.tril(rng.standard_normal((3, 2, size, size)) / np.sqrt(size), -1)
+    columns, dx = rng.standard_normal((2, 3, 2, size, 5))
+    f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+    x, backward = jax.vjp(products.solve, f32(lower), f32(columns))
+    dlower, dcolumns = backward(f32(dx))
+    solved = lambda lower: np.linalg.solve(np.eye(size) + lower, columns)  # noqa: E731
+    # f32 sums of 64 terms; the systems are well conditioned.
+    assert relative_l2(x, solved(lower)) < 1e-5
+    assert relative_l2(dcolumns, np.linalg.solve((np.eye(size) + lower).swapaxes(-1, -2), dx)) < 1e-5
+    way = np.tril(rng.standard_normal(lower.shape), -1) * 1e-5
+    slope = np.sum(dx * (solved(lower + way) - solved(lower - way))) / 2
+    assert np.sum(np.asarray(dlower, float) * way) == pytest.approx(slope, rel=1e-4, abs=1e-12)
+    assert not np.triu(dlower).any()
+
+
+def test_the_trainer_solves_by_its_own_products_and_nobody_else_does(parameters, vocabulary, monkeypatch):
+    called = []
+    solve = products.solve
+    monkeypatch.setattr(products, "solve", lambda *a: called.append(a) or solve(*a))
+    cfg = network.config(SHAPE, vocabulary)
+    network.logits(parameters, jnp.zeros((1, 5), jnp.int32), cfg)
+    assert len(called) == 1  # the one delta net
+    assert not implementations.offered("solve")
 
 
 def test_training_logits_are_the_engines(parameters, vocabulary, files):

@@ -161,7 +161,7 @@ KINDS: dict[str, Callable[[Rng], Document]] = {
     "counting": counting,
 }
 # How often each kind is drawn. A story is three to five times as long as an exercise.
-SHARES = {"story": 0.2, "recall": 0.25, "copy": 0.2, "arithmetic": 0.25, "counting": 0.1}
+SHARES = {"story": 0.2, "recall": 0.3, "copy": 0.15, "arithmetic": 0.2, "counting": 0.15}
 CHATS = 0.2  # of the exercises, as a conversation
 
 TRAINING, HELD_OUT = 0, 1  # streams of one seed that have no draws in common

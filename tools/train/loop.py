@@ -32,9 +32,9 @@ class Recipe:
 
     shape: synth.Shape = network.SHAPE
     seed: int = 0
-    steps: int = 740
+    steps: int = 1600
     rows: int = 16
-    length: int = 96
+    length: int = 128
     learning_rate: float = 0.02  # of Muon, for matrices
     adam_rate: float = 0.003  # of AdamW, for the embedding, norms and other small things
     warmup: int = 50
