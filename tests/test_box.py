@@ -5,6 +5,7 @@ import pytest
 from scarlet_jax import data, load
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import implementations
+from scarlet_jax.tools.cli import main
 from scarlet_jax.tools.train import skills, text
 
 STORY = (
@@ -44,6 +45,15 @@ def test_skills_and_perplexity():
     assert (abs(recall.right - 148) <= 1, recall.turns) == (True, 175)
     assert recall.perplexity == pytest.approx(1.23634, rel=1e-3)  # f32 sums in another order, and no more
     assert skills.score(model, "arithmetic", documents=64).right == 192
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", "audit", "taps -p Hello -o dump", "parity --against llama.cpp -p Hello"]
+)
+def test_it_is_what_a_command_means_that_is_given_no_model(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(command.split()) == 0
 
 
 def test_a_missing_file_is_said_in_a_line(monkeypatch, tmp_path):

@@ -71,7 +71,7 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's flags."""
-    parser.add_argument("model", metavar="MODEL", help="a .gguf, or owner/repo[:QUANT] on the hub")
+    common.add_model_argument(parser)
     parser.add_argument("--record", metavar="F", help="where verified pairs are remembered")
     common.add_json_argument(parser)
 

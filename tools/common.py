@@ -37,14 +37,19 @@ _VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 # --- Flags --------------------------------------------------------------------------------------------------
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, and how to run it."""
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """MODEL alone, as `hub.resolve` takes it."""
     parser.add_argument(
         "model",
         metavar="MODEL",
         nargs="?",
         help="a .gguf, or owner/repo[:QUANT] on the hub (the model in the box)",
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, and how to run it."""
+    add_model_argument(parser)
     running = parser.add_argument_group("running it")
     running.add_argument(
         "--context", metavar="N", type=int, help="most tokens to hold (the model's own limit)"

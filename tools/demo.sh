@@ -1,23 +1,21 @@
 #!/usr/bin/env bash
-# `make demo`: make a model, look at it, run it, and hold every activation against llama.cpp's.
+# `make demo`: the model in the box speaks; every activation is held against llama.cpp's; a fault is put in and found.
 set -euo pipefail
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-model=$folder/tiny.gguf
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+ask() { printf '\n\033[2m%s\033[0m' "$1" && scarlet generate -p "$1" "${@:2}" && echo; }
 
-say "A random model of the Qwen3.5 architecture, packed by llama.cpp's quantiser (its text will be noise)"
-scarlet synth "$model" --size tiny --quant Q4_K_M
-scarlet inspect "$model"
+say "The model in the box: 3.6 million parameters, in the mix of Q4_K, Q5_K and Q6_K that llama.cpp makes"
+scarlet inspect
 
-say "It generates, straight from the packed blocks"
-scarlet generate "$model" -p "Hello" -n 24 --temperature 0 --stats
+say "It tells a story that holds together, remembers, copies and adds"
+ask "One morning, Anna went to the" --raw -n 67 --stats
+ask $'Remember: apple is star, plum is rope, corn is silk.\nWhat is plum? It is'
+ask $'Copy: rain star gold wool fire.\nAgain:'
+ask "7 + 8 ="
 
-say "Every activation of both engines, compared"
-scarlet taps "$model" -p "Hello, world" -o "$folder/ours.safetensors"
-scarlet taps "$model" -p "Hello, world" -o "$folder/theirs.safetensors" --engine llama.cpp
-scarlet parity "$folder/ours.safetensors" "$folder/theirs.safetensors" --model "$model"
+say "Every activation, compared with llama.cpp's on the same file"
+scarlet parity --against llama.cpp
 
 say "The fault that this project was born from, put into a copy of a decoder and found again"
 scarlet drill

@@ -7,8 +7,7 @@ First a stock mix, whose attn_qkv is Q5_K: the text becomes garbage, and engine-
 weight, the type and the cause from two dumps, ours and llama.cpp's. Then a "merge", the same model with Q6_K in
 place of Q5_K: the text is right, nothing differs, and only `audit` gives the fault away.
 
-Without MODEL it is the model in the box, or a random one of the same architecture where there is none: its text
-means nothing, but it changes all the same. Exit code: 0 if the fault is found and named, 1 if not.
+Exit code: 0 if the fault is found and named, 1 if not.
 
 example: scarlet drill --json drill.json
 """
@@ -37,7 +36,7 @@ from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import cpu, implementations, portable
 from scarlet_jax.ops.qtensor import QTensor, block_size
 from scarlet_jax.ops.quants import decode
-from scarlet_jax.tools import audit, common, synth
+from scarlet_jax.tools import audit, common
 from scarlet_jax.tools.engines import ggml, llama_cpp, scarlet
 from scarlet_jax.tools.parity import Dump, terminal
 from scarlet_jax.tools.parity.compare import Comparison
@@ -46,7 +45,6 @@ from scarlet_jax.tools.parity.weights import ModelWeights
 BROKEN, SPARED = "Q5_K", "Q6_K"
 CAUSE = "q5_k-high-bit"
 FAULTY = "faulty copy"  # the implementation's name, while there is one
-BOX = Path(scarlet_jax.__file__).parent / "data" / "box.gguf"
 _QH = slice(16, 48)  # bytes of a Q5_K block: the fifth bits, bit b of each byte for sub-block b
 _DIFF = """\
   low  = (qs & 0x0F) | fifth_bit(qh, 2 * j)     << 4
@@ -134,14 +132,12 @@ def make_merge(source: Path, target: Path) -> None:
     writer.close()
 
 
-def stock_model(name: str | None, folder: Path) -> tuple[Path, bool]:
-    """The file to practise on, and whether it is a random one made for the occasion."""
-    if name is None and not BOX.is_file():
-        return synth.write(folder / "stock.gguf", synth.SIZES["qwen35", "tiny"], "Q4_K_M"), True
-    path = BOX if name is None else hub.resolve(name)
+def stock_model(name: str | None) -> Path:
+    """The file to practise on."""
+    path = hub.resolve(name)
     if BROKEN not in {tensor.qtype for tensor in reader.read(path).tensors.values()}:
         raise BadInput(f"{path}: no tensor is {BROKEN}; expected a stock mix, such as Q4_K_M")
-    return path, False
+    return path
 
 
 # --- The practice -------------------------------------------------------------------------------------------
@@ -187,12 +183,15 @@ def _figures(report: Mapping[str, Any], name: str | None) -> dict[str, float | N
 
 
 def found(result: Mapping[str, Any]) -> bool:
-    """Whether the fault was found and named in the stock mix, and given away by the audit alone in the merge."""
+    """Whether the stock mix's text fell apart and the fault was named, and the audit alone found it in the merge."""
     stock, merge = result["stock"], result["merge"]
+    falls_apart = stock["text_right"] != stock["text_wrong"]
     named = (stock["first"] or {}).get("qtype") == BROKEN and (stock["cause"] or {}).get("name") == CAUSE
     survives = merge["text_right"] == merge["text_wrong"] and merge["verdict"] in ("clean", "noise")
     caught = {finding["qtype"] for finding in merge["audit"]["findings"]} == {BROKEN}
-    return bool(named and stock["after"]["verdict"] in ("clean", "noise") and survives and caught)
+    return bool(
+        falls_apart and named and stock["after"]["verdict"] in ("clean", "noise") and survives and caught
+    )
 
 
 # --- The command --------------------------------------------------------------------------------------------
@@ -202,8 +201,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's flags."""
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="a .gguf with Q5_K tensors (the model in the box)")
-    add("-p", "--prompt", metavar="TEXT", default="One morning, ", help="what to continue")
-    add("-n", metavar="N", type=int, default=24, help="tokens of text (24)")
+    add("-p", "--prompt", metavar="TEXT", default="One morning, Anna went to the", help="what to continue")
+    add("-n", metavar="N", type=int, default=60, help="tokens of text (60)")
     common.add_json_argument(parser)
 
 
@@ -214,9 +213,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.prompt:
         raise BadInput("-p: the prompt is empty; expected one token or more")
     with tempfile.TemporaryDirectory(prefix="scarlet-drill-") as folder, faulty_copy():
-        path, made = stock_model(args.model, Path(folder))
+        path = stock_model(args.model)
         merge = Path(folder) / "merge.gguf"
-        result: dict[str, Any] = {"model": path.name, "made": made, "prompt": args.prompt}
+        result: dict[str, Any] = {"model": path.name, "prompt": args.prompt}
         with common.waiting("a stock mix"):
             result["stock"] = practise(path, args.prompt, args.n)
         make_merge(path, merge)
@@ -237,8 +236,6 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print("The fault, in a copy of the Q5_K decoder: one mask for both nibbles of a byte")
     console.print(_DIFF)
     console.rule(f"1. A stock mix: {result['model']}", align="left")
-    if result["made"]:
-        console.print("[dim]A random model: its text means nothing, with the fault or without.[/]")
     _show_texts(stock, result["prompt"], console)
     console.print(f"[bold red]{stock['verdict']}[/]  {escape(stock['sentence'])}", soft_wrap=True)
     console.print(_before_and_after(stock))

@@ -44,7 +44,7 @@ _SYMBOLS = "─●◆"  # kinds of blocks, in the order they come
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's flags."""
-    parser.add_argument("model", metavar="MODEL", help="a .gguf, or owner/repo[:QUANT] on the hub")
+    common.add_model_argument(parser)
     common.add_json_argument(parser)
 
 

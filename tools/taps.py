@@ -108,7 +108,10 @@ def _checkpoint(path: Path) -> Source:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's flags."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a .gguf, owner/repo[:QUANT], or a checkpoint directory"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a .gguf, owner/repo[:QUANT], or a checkpoint directory (the model in the box)",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="the text to run")

@@ -1,15 +1,19 @@
 """`scarlet drill`: the fault is found and named, the merge survives it, and the real decoder is untouched."""
 
+import itertools
 import json
+import re
 
 import gguf
 import models
 import numpy as np
 import pytest
 
+from scarlet_jax import data, load
 from scarlet_jax.ops import implementations
 from scarlet_jax.tools import drill
 from scarlet_jax.tools.cli import main
+from scarlet_jax.tools.train import corpus
 
 
 def test_the_fault_is_found_in_a_stock_mix_and_hidden_in_a_merge(tmp_path, capsys):
@@ -29,6 +33,25 @@ def test_the_fault_is_found_in_a_stock_mix_and_hidden_in_a_merge(tmp_path, capsy
     assert "Q5_K" not in {pair["qtype"] for pair in merge["audit"]["coverage"]}
     assert "The fault was found" in capsys.readouterr().out
     assert known == implementations.IMPLEMENTATIONS
+
+
+def test_the_box_speaks_sense_and_with_the_fault_garbage():
+    """Every word it should say is one of its corpus; the faulty copy makes up words of its own."""
+    documents = itertools.islice(corpus.documents(0, corpus.TRAINING, kind="story"), 300)
+    words = set(
+        re.findall(r"\w+", " ".join(turn.prompt + turn.answer for turn in itertools.chain(*documents)))
+    )
+    prompt = "One morning, Anna went to the"
+    said = {}
+    with drill.faulty_copy():
+        for implementation in ("auto", drill.FAULTY):
+            model = load(data.model_path(), implementation=implementation)
+            said[implementation] = model.tokenizer.decode(
+                model.generate(model.tokenizer.encode(prompt), max_tokens=60)
+            )
+    unknown = {name: set(re.findall(r"\w+", text)) - words for name, text in said.items()}
+    assert unknown["auto"] == set(), said
+    assert len(unknown[drill.FAULTY]) >= 2, said
 
 
 def test_a_merge_is_the_same_model_but_for_q5_k(tmp_path):

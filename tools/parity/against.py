@@ -67,7 +67,12 @@ def capture(
 
 
 def cases(
-    model: str, engine: str, *, prompt: str | None = None, tokens: str | None = None, lib: str | None = None
+    model: str | None,
+    engine: str,
+    *,
+    prompt: str | None = None,
+    tokens: str | None = None,
+    lib: str | None = None,
 ) -> Iterator[Case]:
     """The comparisons to make: the given prompt, or the set."""
     from scarlet_jax import hub

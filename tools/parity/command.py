@@ -2,7 +2,8 @@
 
 OURS and REFERENCE are dumps: `scarlet taps` files, logs of llama-eval-callback or llama-debug, folders or
 archives of arrays named by module. With --model the weights are at hand and every product can be checked.
-With --against, OURS is a model: both engines run it on a set of prompts and are compared.
+With --against, OURS is a model, that in the box where none is named: both engines run it on a set of prompts and
+are compared.
 
 Exit code: 0 clean or noise, 1 a fault, 2 no valid comparison, 3 inconclusive.
 
@@ -30,7 +31,9 @@ from scarlet_jax.tools.parity.readers import read
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
-    parser.add_argument("ours", metavar="OURS", help="a dump, or with --against a model")
+    parser.add_argument(
+        "ours", metavar="OURS", nargs="?", help="a dump, or with --against a model (the model in the box)"
+    )
     parser.add_argument("reference", metavar="REFERENCE", nargs="?", help="the dump to trust")
     parser.add_argument("--model", metavar="M.gguf", help="the file that both engines ran")
     parser.add_argument(
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json == "-", soft_wrap=True)
     if args.against:
         return _against(args, console)
-    if args.reference is None:
+    if args.ours is None or args.reference is None:
         raise BadInput("expected two dumps, OURS and REFERENCE, or one model and --against")
     for flag in ("prompt", "tokens", "lib"):
         if getattr(args, flag) is not None:
