@@ -39,7 +39,6 @@ def config(meta: Metadata, name: str, block: Callable[[Metadata, int], Block]) -
 
 # Keys of these architectures that ask for maths which is not written here, unless they hold a zero.
 _UNSUPPORTED = {
-    "expert_count": "none: mixtures of experts are not supported in this architecture",
     "attention.scale": "none: attention scales other than 1/sqrt(key_length) are not supported",
     "attention.sliding_window": "none: sliding-window attention is not supported",
     "attention.clamp_kqv": "none: clamped queries, keys and values are not supported",
@@ -99,7 +98,12 @@ def rope(meta: Metadata, name: str, kind: Literal["norm", "neox"], head_dim: int
 
 
 def dense(meta: Metadata, name: str, i: int) -> Dense:
-    """The feed-forward network of block i."""
+    """The feed-forward network of block i, in an architecture that has no other kind."""
+    meta.require(
+        meta.integer(f"{name}.expert_count", 0) == 0,
+        f"{name}.expert_count",
+        "none: mixtures of experts are not supported in this architecture",
+    )
     return Dense(meta.integers(f"{name}.feed_forward_length", meta.integer(f"{name}.block_count"))[i])
 
 

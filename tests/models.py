@@ -73,6 +73,17 @@ MOE_SHAPES = {
     ),
     "experts-scaled": dataclasses.replace(_EXPERTS, scales=True, expert_used_count=2, nextn_predict_layers=0),
 }  # fmt: skip
+# Without a shared expert; and one expert a token, whose weight is 1 whatever the router says.
+_PLAIN_EXPERTS = dataclasses.replace(
+    DENSE_SHAPES["qwen3"], arch="qwen3moe", block_count=2, expert_count=9, expert_used_count=4,
+    expert_feed_forward_length=56, feed_forward_length=0,
+)  # fmt: skip
+MOE_SHAPES |= {
+    "qwen3moe": _PLAIN_EXPERTS,
+    "one-expert-a-token": dataclasses.replace(
+        _PLAIN_EXPERTS, expert_used_count=1, tied=True, fused_qkv=True, expert_feed_forward_length=40,
+    ),
+}  # fmt: skip
 
 # Rows of a multiple of 256, so that every block format fits.
 PACKABLE = Shape(
@@ -85,6 +96,10 @@ PACKABLE = Shape(
 PACKABLE_EXPERTS = dataclasses.replace(
     PACKABLE, arch="qwen35moe", block_count=2, expert_count=6, expert_used_count=2,
     expert_feed_forward_length=256, expert_shared_feed_forward_length=512, feed_forward_length=0,
+)  # fmt: skip
+
+PACKABLE_PLAIN_EXPERTS = dataclasses.replace(
+    PACKABLE_EXPERTS, arch="qwen3moe", dimension_count=64, expert_shared_feed_forward_length=0,
 )  # fmt: skip
 
 

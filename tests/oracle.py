@@ -85,6 +85,7 @@ _PLAIN_TAPS = {
 }
 FAMILIES = {
     "qwen3": Family("neox", taps=_PLAIN_TAPS),
+    "qwen3moe": Family("neox", taps=_PLAIN_TAPS),
     "qwen2": Family("neox", taps=_PLAIN_TAPS),
     "llama": Family("norm", taps=_PLAIN_TAPS | {"attn_output": "attn_out"}),
 }

@@ -1,4 +1,4 @@
-"""transformers' own model of a dense GGUF, its weights put back: a check that shares no code of ours."""
+"""transformers' own model of a plain decoder's GGUF, its weights put back: a check that shares no code of ours."""
 
 import numpy as np
 import oracle
@@ -16,11 +16,15 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps",
 }
+_KINDS = {"qwen3": "Qwen3", "qwen3moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}
 
 
-def dense_logits(path, ids):
-    """f32 (T, V): Qwen3, Qwen2 or Llama in float32 with eager attention."""
+def decoder_logits(path, ids):
+    """f32 (T, V): Qwen3, Qwen3Moe, Qwen2 or Llama in float32 with eager attention."""
     torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
     pytest.importorskip("transformers")
     gguf_model = oracle.load(path)
@@ -37,11 +41,11 @@ def _network(source):
     """The model of the file's sizes."""
     import transformers
 
-    kind = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[source.metadata["general.architecture"]]
+    kind = _KINDS[source.metadata["general.architecture"]]
     tensors = set(source.weights)
     config = getattr(transformers, f"{kind}Config")(
         hidden_size=source.key("embedding_length"),
-        intermediate_size=source.key("feed_forward_length"),
+        intermediate_size=source.key("feed_forward_length", 0),
         num_hidden_layers=source.key("block_count"),
         num_attention_heads=source.key("attention.head_count"),
         num_key_value_heads=source.key("attention.head_count_kv"),
@@ -55,12 +59,25 @@ def _network(source):
         tie_word_embeddings="output.weight" not in tensors,
         attn_implementation="eager",
         use_sliding_window=False,
+        **_experts(source),
     )
     net = getattr(transformers, f"{kind}ForCausalLM")(config)
     if "rope_freqs.weight" in tensors:  # what Llama 3's scaling comes to
         rotary = net.model.rotary_emb
         rotary.inv_freq /= rotary.inv_freq.new_tensor(source.weights["rope_freqs.weight"])
     return net
+
+
+def _experts(source):
+    """The settings of a mixture of experts, if it is one."""
+    if not source.key("expert_count", 0):
+        return {}
+    return {
+        "num_experts": source.key("expert_count"),
+        "num_experts_per_tok": source.key("expert_used_count"),
+        "moe_intermediate_size": source.key("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
 
 
 def _parameters(source):
@@ -77,11 +94,12 @@ def _parameters(source):
             for kind in ("weight", "bias"):
                 if (array := whole.get(f"{ours}.{kind}")) is not None:
                     array = _halves(array, heads[ours]) if permuted and ours in heads else array
-                    yield f"model.layers.{i}.{theirs}.{kind}", array
+                    bare = theirs.startswith("mlp.experts.")
+                    yield f"model.layers.{i}.{theirs}" + ("" if bare else f".{kind}"), array
 
 
 def _split(source, i):
-    """Tensors of layer i, a joint q, k, v cut apart."""
+    """Tensors of layer i, a joint q, k, v cut apart, experts' gate and up joined."""
     prefix = f"blk.{i}."
     layer = {
         name.removeprefix(prefix): source.weights[name] for name in source.weights if name.startswith(prefix)
@@ -92,6 +110,9 @@ def _split(source, i):
         if (joint := layer.pop(f"attn_qkv.{kind}", None)) is not None:
             parts = zip("qkv", np.split(joint, ends), strict=True)
             layer |= {f"attn_{part}.{kind}": rows for part, rows in parts}
+    if "ffn_up_exps.weight" in layer:
+        halves = [layer.pop(f"ffn_{half}_exps.weight") for half in ("gate", "up")]
+        layer["ffn_gate_up_exps.weight"] = np.concatenate(halves, axis=1)
     return layer
 
 

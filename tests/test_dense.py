@@ -8,7 +8,7 @@ import oracle
 import pytest
 from models import DENSE_SHAPES, model, path, tokens
 from support import relative_l2
-from support_transformers import dense_logits
+from support_transformers import decoder_logits
 from test_model import TOLERANCE, assert_taps_agree, every_implementation, ours_named
 
 import scarlet_jax
@@ -77,8 +77,19 @@ def test_decoding_against_float64(shape, implementation):
     assert relative_l2(together[1, :5], oracle.forward(path(shape), ids[:5])[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize("arch", PACKABLE)
-@pytest.mark.parametrize("quant", ["Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"])
+# Each architecture and each format in the quick run; every pair of them in the slow one.
+QUICK = {("qwen3", "Q4_K_M"), ("qwen3", "Q8_0"), ("qwen2", "Q5_K_M"), ("qwen2", "Q6_K"), ("llama", "IQ4_XS")}
+QUICK |= {("llama", "MXFP4")}
+
+
+@pytest.mark.parametrize(
+    ("arch", "quant"),
+    [
+        pytest.param(arch, quant, marks=[] if (arch, quant) in QUICK else pytest.mark.slow)
+        for arch in PACKABLE
+        for quant in ["Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"]
+    ],
+)
 def test_packed_weights_against_float64(arch, quant):
     """The truth over the decoded weights: f32 rounding is all that is between."""
     shape = PACKABLE[arch]
@@ -92,7 +103,7 @@ def test_logits_against_transformers(shape):
     """In f32 as well, so itself some way from the truth; the bound is on the logits as they are, up to 20."""
     ids = tokens(shape, 40)
     ours = np.asarray(model(shape).forward(ids)[0])
-    assert np.abs(ours - dense_logits(path(shape), ids)).max() < 2e-4
+    assert np.abs(ours - decoder_logits(path(shape), ids)).max() < 2e-4
 
 
 @every_shape

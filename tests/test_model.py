@@ -61,7 +61,12 @@ def whole_products(taps):
 
 
 def visible(ours, truth):
-    """Attention scores over the slots that the other engine shows: caches differ in how many are empty."""
+    """Attention scores over the slots that the other engine shows: caches differ in how many are empty.
+
+    And without axes of one (one expert a token), which ggml cannot tell from none.
+    """
+    if [n for n in ours.shape if n > 1] == [n for n in truth.shape if n > 1]:
+        return ours.reshape(truth.shape)
     return ours[..., : truth.shape[-1]] if ours.ndim == truth.ndim else ours
 
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from models import MOE_SHAPES, PACKABLE_EXPERTS, model, path, tokens
+from models import MOE_SHAPES, PACKABLE_EXPERTS, PACKABLE_PLAIN_EXPERTS, model, path, tokens
 from support import relative_l2
+from support_transformers import decoder_logits
 from test_model import TOLERANCE, assert_taps_agree, every_implementation
 
 import scarlet_jax
@@ -51,11 +52,25 @@ def test_every_tap_against_llama_cpp(shape, count):
     assert_taps_agree(model(shape).taps(ids), llama_cpp.taps(path(shape), ids)[0])
 
 
-@pytest.mark.parametrize("quant", ["Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"])
-def test_packed_experts_against_float64(quant):
+@pytest.mark.parametrize(
+    "shape", [MOE_SHAPES["qwen3moe"], MOE_SHAPES["one-expert-a-token"]], ids=["some", "one"]
+)
+def test_logits_against_transformers(shape):
+    """In f32 as well, so itself some way from the truth; the bound is on the logits as they are, up to 20."""
+    ids = tokens(shape, 40)
+    assert np.abs(model(shape).forward(ids)[0] - decoder_logits(path(shape), ids)).max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "quant"),
+    [(PACKABLE_EXPERTS, quant) for quant in ["Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"]]
+    + [(PACKABLE_PLAIN_EXPERTS, quant) for quant in ["Q4_K_M", "Q6_K", "MXFP4"]],
+    ids=lambda value: getattr(value, "arch", value),
+)
+def test_packed_experts_against_float64(shape, quant):
     """A prompt, then one token: the experts stay packed, whichever kernel takes them."""
-    ids, ours = tokens(PACKABLE_EXPERTS, 20), model(PACKABLE_EXPERTS, quant)
-    truth, _ = oracle.forward(path(PACKABLE_EXPERTS, quant), ids)
+    ids, ours = tokens(shape, 20), model(shape, quant)
+    truth, _ = oracle.forward(path(shape, quant), ids)
     logits, state = ours.forward(ids[:-1])
     assert relative_l2(logits, truth[:-1]) < TOLERANCE
     assert relative_l2(ours.forward(ids[-1:], state)[0], truth[-1:]) < TOLERANCE

@@ -119,15 +119,17 @@ def _published(
     )
 
 
-def _with_experts(dense: Shape, experts: int, used: int, inner: int) -> Shape:
-    """The same with a mixture of experts, and a shared one of their size, in place of each dense network."""
+def _with_experts(
+    dense: Shape, experts: int, used: int, inner: int, *, arch: str = "qwen35moe", shared: bool = True
+) -> Shape:
+    """The same with a mixture of experts, perhaps a shared one of their size, in place of each dense network."""
     return dataclasses.replace(
         dense,
-        arch="qwen35moe",
+        arch=arch,
         expert_count=experts,
         expert_used_count=used,
         expert_feed_forward_length=inner,
-        expert_shared_feed_forward_length=inner,
+        expert_shared_feed_forward_length=inner if shared else 0,
     )
 
 
@@ -140,6 +142,9 @@ SIZES = {
     ("qwen35", "9b"): _published(32, 4096, 12288, 16, 4, 32, tied=False),
     ("qwen35", "27b"): _published(64, 5120, 17408, 24, 4, 48, tied=False),
     ("qwen3", "tiny"): Shape(arch="qwen3", dimension_count=64),
+    ("qwen3moe", "tiny"): _with_experts(
+        Shape(dimension_count=64, feed_forward_length=0), 16, 4, 256, arch="qwen3moe", shared=False
+    ),
     ("qwen2", "tiny"): Shape(
         arch="qwen2", head_count=4, dimension_count=64, biases=("attn_q", "attn_k", "attn_v")
     ),
@@ -386,7 +391,7 @@ def _with_biases(s: Shape, stems: Stems) -> Stems:
 
 
 def _decoder_tensors(s: Shape, *, head_norm: bool) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
-    """Attention and a dense network in every layer."""
+    """Attention and a dense network, or a mixture of experts, in every layer."""
     width = s.embedding_length
     out_gain = 2 * RESIDUAL / math.sqrt(2 * s.block_count)
     yield "token_embd.weight", (s.vocab_size, width), _matrix(LOGIT_SPREAD)
@@ -394,7 +399,8 @@ def _decoder_tensors(s: Shape, *, head_norm: bool) -> Iterator[tuple[str, tuple[
         yield "rope_freqs.weight", (s.dimension_count // 2,), _around(3.0)
     for i in range(s.block_count):
         norms = {f"{stem}.weight": ((width,), _around(1.0)) for stem in ("attn_norm", "ffn_norm")}
-        layer = _plain_attention(s, out_gain, head_norm=head_norm) | _dense_ffn(s, out_gain)
+        ffn = _moe_ffn(s, out_gain) if s.expert_count else _dense_ffn(s, out_gain)
+        layer = _plain_attention(s, out_gain, head_norm=head_norm) | ffn
         for stem, (shape, draw) in (norms | _with_biases(s, layer)).items():
             yield f"blk.{i}.{stem}", shape, draw
     yield "output_norm.weight", (width,), _around(1.0)
@@ -407,7 +413,6 @@ def _decoder_metadata(s: Shape) -> dict[str, Any]:
         "block_count": s.block_count,
         "context_length": s.context_length,
         "embedding_length": s.embedding_length,
-        "feed_forward_length": s.feed_forward_length,
         "attention.head_count": s.head_count,
         "attention.head_count_kv": s.head_count_kv,
         "attention.key_length": s.key_length,
@@ -416,7 +421,9 @@ def _decoder_metadata(s: Shape) -> dict[str, Any]:
         "rope.dimension_count": s.dimension_count,
         "rope.freq_base": s.freq_base,
     }
-    return {f"{s.arch}.{key}": value for key, value in keys.items()}
+    if s.feed_forward_length:
+        keys["feed_forward_length"] = s.feed_forward_length
+    return {f"{s.arch}.{key}": value for key, value in (keys | _moe_metadata(s)).items()}
 
 
 def _decoder(*, head_norm: bool) -> Arch:
@@ -427,6 +434,7 @@ ARCHS = {
     "qwen35": Arch(_qwen35_metadata, _qwen35_tensors),
     "qwen35moe": Arch(_qwen35_metadata, _qwen35_tensors),
     "qwen3": _decoder(head_norm=True),
+    "qwen3moe": _decoder(head_norm=True),
     "qwen2": _decoder(head_norm=False),
     "llama": _decoder(head_norm=False),
 }
