@@ -194,6 +194,25 @@ def test_no_parameter_is_left_without_a_gradient(parameters, vocabulary):
 # --- The loop -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shape", [(40, 96), (96, 40), (64, 64)])
+def test_orthogonal_steps_keep_directions_and_level_their_lengths(shape):
+    """Against LAPACK's singular value decomposition."""
+    rng = np.random.default_rng(shape[0])
+    left, right = (np.linalg.qr(rng.standard_normal((n, min(shape))))[0] for n in shape)
+    lengths = np.geomspace(0.05, 1, min(shape)) * 7  # of any size in all; the polynomial lifts what is a 20th
+    step = np.asarray(loop.orthogonal(jnp.asarray((left * lengths) @ right.T, jnp.float32)))
+    levelled = left.T @ (step / np.sqrt(max(1, shape[0] / shape[1]))) @ right
+    assert 0.6 < np.diag(levelled).min() and np.diag(levelled).max() < 1.3
+    np.testing.assert_allclose(levelled, np.diag(np.diag(levelled)), atol=1e-4)  # f32, lifted a hundred times
+
+
+def test_rates_rise_stay_and_fall():
+    recipe = loop.Recipe(steps=100, warmup=10, decay=0.3)
+    rate = loop.schedule(recipe, 2.0)
+    assert [float(rate(n)) for n in (0, 5, 10, 70, 85, 100)] == pytest.approx([0, 1, 2, 2, 1, 0])
+    assert loop.level_until(recipe) == 70
+
+
 @pytest.mark.slow  # compiles the whole step three times
 @jax.numpy_dtype_promotion("standard")  # optax mixes integers and floats
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path):
@@ -210,11 +229,28 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path):
 def test_checkpoints_of_another_recipe_and_other_files_are_refused(tmp_path):
     path = tmp_path / "c"
     loop.save(path, RECIPE, loop.start(RECIPE))
-    with pytest.raises(BadInput, match="another recipe"):
-        loop.restore(path, dataclasses.replace(RECIPE, rows=3))
+    for change in ({"rows": 3}, {"seed": 1}, {"decay": 0.1}):
+        with pytest.raises(BadInput, match="another recipe"):
+            loop.restore(path, dataclasses.replace(RECIPE, **change))
     path.write_bytes(b"not safetensors")
     with pytest.raises(BadInput, match="not a checkpoint"):
         loop.restore(path, RECIPE)
+
+
+@pytest.mark.parametrize(("step", "steps", "continues"), [(60, 90, True), (66, 90, False), (66, 120, True)])
+def test_a_run_may_be_cut_short_or_lengthened_until_its_rates_fall(tmp_path, step, steps, continues):
+    """Of 100 steps the rates fall after 70, of 90 after 63, of 120 after 84."""
+    recipe = dataclasses.replace(RECIPE, steps=100, decay=0.3)
+    run = loop.start(recipe)
+    run.step = step
+    loop.save(tmp_path / "c", recipe, run)
+    other = dataclasses.replace(recipe, steps=steps)
+    if continues:
+        assert loop.restore(tmp_path / "c", other).step == step
+    else:
+        with pytest.raises(BadInput, match="another recipe"):
+            loop.restore(tmp_path / "c", other)
+    assert loop.restore(tmp_path / "c", recipe).step == step
 
 
 # --- Files --------------------------------------------------------------------------------------------------
