@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import jax
 import jax.numpy as jnp
 from rich.console import Console
@@ -36,8 +35,8 @@ from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import cpu, implementations, portable
 from scarlet_jax.ops.qtensor import QTensor, block_size
 from scarlet_jax.ops.quants import decode
-from scarlet_jax.tools import audit, common
-from scarlet_jax.tools.engines import ggml, llama_cpp, scarlet
+from scarlet_jax.tools import audit, common, requantise
+from scarlet_jax.tools.engines import llama_cpp, scarlet
 from scarlet_jax.tools.parity import Dump, terminal
 from scarlet_jax.tools.parity.compare import Comparison
 from scarlet_jax.tools.parity.weights import ModelWeights
@@ -113,23 +112,7 @@ def faulty_copy() -> Iterator[None]:
 
 def make_merge(source: Path, target: Path) -> None:
     """A copy of a file with every Q5_K tensor requantised to Q6_K by llama.cpp's quantiser."""
-    file = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, str(file.fields["general.architecture"].contents()))
-    writer.data_alignment = file.alignment
-    for name, field in file.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":  # the writer's own
-            continue
-        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type)
-    for tensor in file.tensors:
-        data, kind = tensor.data, tensor.tensor_type
-        if kind.name == BROKEN:
-            data, kind = ggml.quantize(gguf.dequantize(data, kind), SPARED), gguf.GGMLQuantizationType[SPARED]
-        writer.add_tensor(tensor.name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    requantise.write(source, target, lambda _, qtype: SPARED if qtype == BROKEN else qtype)
 
 
 def stock_model(name: str | None) -> Path:
