@@ -113,7 +113,8 @@ def key(name: str, value: Any) -> Change:
 
     @contextlib.contextmanager
     def change(model: oracle.Model) -> Iterator[oracle.Model]:
-        yield dataclasses.replace(model, metadata={**model.metadata, f"qwen35.{name}": value})
+        arch = model.metadata["general.architecture"]
+        yield dataclasses.replace(model, metadata={**model.metadata, f"{arch}.{name}": value})
 
     return change
 

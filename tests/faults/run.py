@@ -13,7 +13,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 import numpy as np
 import oracle
-from faults import catalogue, misread, tiny
+from faults import catalogue, misread, ports, tiny
+from faults.dress import DRESSES
 
 from scarlet_jax.tools import synth
 from scarlet_jax.tools.engines import llama_cpp
@@ -66,22 +67,41 @@ def dump(model: oracle.Model, tokens: np.ndarray, noise: int = 0) -> Dump:
     return Dump(shaken, engine="test", arch="qwen35", tokens=tokens.tolist(), config={})
 
 
-def outcomes(sizes: str, settings: tuple[str, ...], only: str = "") -> Iterator[Outcome]:
-    """Every fault on every model."""
+def outcomes(
+    sizes: str,
+    settings: tuple[str, ...],
+    only: str = "",
+    faults: Sequence[catalogue.Fault] = tuple(catalogue.FAULTS),
+    dress: str = "plain",
+    length: int = 0,
+) -> Iterator[Outcome]:
+    """Every fault on every model that it shows on; the reference in another format, other lengths, if asked for."""
     for size in sizes:
         model = tiny.make(size, seed=ord(size))
-        for fault in catalogue.FAULTS:
-            if only not in fault.name:
+        for fault in faults:
+            if only not in fault.name or (fault.group == "moe") > ("experts" in tiny.SIZES[size]):
                 continue
             tokens = np.random.default_rng([len(fault.name), ord(size)]).integers(
-                0, tiny.SIZES[size]["V"], fault.tokens
+                0, tiny.SIZES[size]["V"], length or fault.tokens
             )
             reference = dump(model, tokens, noise=1)
             with catalogue.apply(fault, model) as broken:
                 ours = dump(broken, tokens, noise=2)
+            if not _shows(ours, reference):
+                continue
+            reference = DRESSES[dress](reference)
             for setting in settings:
                 report = compare(ours, reference, model=InMemory(model) if setting == "model" else None)
                 yield judge(fault, f"{size}/{setting}", report)
+
+
+def _shows(ours: Dump, reference: Dump) -> bool:
+    """Whether a fault does anything on this model and these tokens."""
+    return any(
+        not np.isfinite(ours[n]).all()
+        or np.linalg.norm(ours[n] - reference[n]) > 1e-5 * np.linalg.norm(reference[n])
+        for n in reference
+    )
 
 
 def misread_outcomes(settings: tuple[str, ...], only: str = "") -> Iterator[Outcome]:
@@ -189,6 +209,11 @@ def main() -> None:
     )
     parser.add_argument("--sizes", default="abc")
     parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument(
+        "--ports", action="store_true", help="the faults of ports.py instead of the catalogue"
+    )
+    parser.add_argument("--dress", choices=DRESSES, default="plain", help="the reference in another format")
+    parser.add_argument("--length", type=int, default=0, help="tokens of every prompt")
     parser.add_argument("--quant", action="store_true", help="wrong decoders too, against llama.cpp")
     parser.add_argument("--settings", default="dumps,model")
     parser.add_argument(
@@ -201,7 +226,9 @@ def main() -> None:
     results, start = [], time.time()
     settings = tuple(args.settings.split(","))
     quant = misread_outcomes(settings, args.only) if args.quant else ()
-    for outcome in itertools.chain(outcomes(args.sizes, settings, args.only), quant):
+    faults = (*ports.PORTS, *ports.EXPERTS) if args.ports else tuple(catalogue.FAULTS)
+    injected = outcomes(args.sizes, settings, args.only, faults, args.dress, args.length)
+    for outcome in itertools.chain(injected, quant):
         results.append(outcome)
         wrong = [n for n in ("verdict", "first", "klass") if not getattr(outcome, n)]
         wrong += ["cause"] if outcome.cause is False else ["unnamed"] if outcome.cause is None else []

@@ -12,7 +12,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "a": dict(D=48, F=80, N=6, K=2, H=20, rotary=12, Hk=2, Hv=6, Dk=16, W=4, V=101, layers=6, interval=3),
     "b": dict(D=64, F=96, N=4, K=2, H=32, rotary=16, Hk=3, Hv=6, Dk=24, W=3, V=67, layers=8, interval=4),
     "c": dict(D=40, F=72, N=8, K=4, H=12, rotary=8, Hk=4, Hv=8, Dk=12, W=5, V=131, layers=4, interval=2),
-}
+    # as many value as key heads, a head rotated whole; one kv head for all; experts
+    "d": dict(D=36, F=60, N=3, K=3, H=16, rotary=16, Hk=5, Hv=5, Dk=8, W=4, V=89, layers=6, interval=3),
+    "e": dict(D=72, F=44, N=8, K=1, H=24, rotary=8, Hk=1, Hv=4, Dk=20, W=3, V=211, layers=5, interval=4),
+    "m": dict(D=44, F=30, N=4, K=2, H=18, rotary=12, Hk=2, Hv=4, Dk=14, W=4, V=97, layers=4, interval=2,
+              experts=7, used=3, shared=38),
+}  # fmt: skip
 
 
 def make(size: str, seed: int = 0) -> Model:
@@ -36,9 +41,7 @@ def make(size: str, seed: int = 0) -> Model:
         layer: dict[str, np.ndarray] = {
             "attn_norm.weight": vector(D, 1.1, 0.3),
             "post_attention_norm.weight": vector(D, 0.9, 0.3),
-            "ffn_gate.weight": matrix(s["F"], D),
-            "ffn_up.weight": matrix(s["F"], D),
-            "ffn_down.weight": matrix(D, s["F"]),
+            **(_experts if "experts" in s else _dense)(s, matrix),
         }
         if recurrent:
             layer |= {
@@ -62,24 +65,44 @@ def make(size: str, seed: int = 0) -> Model:
                 "attn_k_norm.weight": vector(s["H"], 1.2, 0.3),
             }
         weights |= {f"blk.{i}.{name}": value for name, value in layer.items()}
+    arch = "qwen35moe" if "experts" in s else "qwen35"
     metadata = {
-        "general.architecture": "qwen35",
+        "general.architecture": arch,
         "general.name": f"tiny-{size}-{seed}",
-        "qwen35.block_count": s["layers"],
-        "qwen35.embedding_length": D,
-        "qwen35.attention.head_count": s["N"],
-        "qwen35.attention.head_count_kv": s["K"],
-        "qwen35.attention.key_length": s["H"],
-        "qwen35.attention.value_length": s["H"],
-        "qwen35.attention.layer_norm_rms_epsilon": 1e-6,
-        "qwen35.rope.dimension_count": s["rotary"],
-        "qwen35.rope.dimension_sections": [s["rotary"] // 6 + 1, s["rotary"] // 6 + 1, s["rotary"] // 6, 0],
-        "qwen35.rope.freq_base": 1e7,
-        "qwen35.ssm.conv_kernel": s["W"],
-        "qwen35.ssm.state_size": s["Dk"],
-        "qwen35.ssm.group_count": s["Hk"],
-        "qwen35.ssm.time_step_rank": s["Hv"],
-        "qwen35.ssm.inner_size": s["Hv"] * s["Dk"],
-        "qwen35.full_attention_interval": s["interval"],
+        f"{arch}.block_count": s["layers"],
+        f"{arch}.embedding_length": D,
+        f"{arch}.attention.head_count": s["N"],
+        f"{arch}.attention.head_count_kv": s["K"],
+        f"{arch}.attention.key_length": s["H"],
+        f"{arch}.attention.value_length": s["H"],
+        f"{arch}.attention.layer_norm_rms_epsilon": 1e-6,
+        f"{arch}.rope.dimension_count": s["rotary"],
+        f"{arch}.rope.dimension_sections": [s["rotary"] // 6 + 1, s["rotary"] // 6 + 1, s["rotary"] // 6, 0],
+        f"{arch}.rope.freq_base": 1e7,
+        f"{arch}.ssm.conv_kernel": s["W"],
+        f"{arch}.ssm.state_size": s["Dk"],
+        f"{arch}.ssm.group_count": s["Hk"],
+        f"{arch}.ssm.time_step_rank": s["Hv"],
+        f"{arch}.ssm.inner_size": s["Hv"] * s["Dk"],
+        f"{arch}.full_attention_interval": s["interval"],
     }
+    if "experts" in s:
+        metadata |= {f"{arch}.expert_count": s["experts"], f"{arch}.expert_used_count": s["used"]}
     return Model(metadata, weights)
+
+
+def _dense(s: dict[str, Any], matrix: Any) -> dict[str, np.ndarray]:
+    sizes = {"gate": (s["F"], s["D"]), "up": (s["F"], s["D"]), "down": (s["D"], s["F"])}
+    return {f"ffn_{part}.weight": matrix(*size) for part, size in sizes.items()}
+
+
+def _experts(s: dict[str, Any], matrix: Any) -> dict[str, np.ndarray]:
+    """A router, experts of width F and a gated shared one."""
+    D, E, shared = s["D"], s["experts"], dict(s, F=s["shared"])
+    many = [_dense(s, matrix) for _ in range(E)]
+    return {
+        "ffn_gate_inp.weight": matrix(E, D) * 2,
+        **{name.replace(".", "_exps."): np.stack([one[name] for one in many]) for name in many[0]},
+        **{name.replace(".", "_shexp."): value for name, value in _dense(shared, matrix).items()},
+        "ffn_gate_inp_shexp.weight": matrix(1, D)[0],
+    }

@@ -4,63 +4,12 @@ import numpy as np
 import pytest
 from faults import run
 from faults.cases import changed, faulty, model, ours, reference
+from faults.dress import as_logged, log, printed
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.tools.parity import compare
 from scarlet_jax.tools.parity.logs import RESOLUTION, Sampled, read_log
 from scarlet_jax.tools.parity.readers import read
-
-
-def printed(name, array, prefix="common_debug_cb_eval:", indent=(4, 8, 12), elision="..., "):
-    """One tensor as common_debug_print_tensor writes it: first and last three of axes longer than six."""
-    array = np.asarray(array)
-    ne = [*array.shape[::-1], 1, 1, 1, 1][:4]
-    values = array.reshape(ne[::-1])
-    head = f"{prefix} {name:>24} = (f32)    MUL_MAT(blk.0.w.weight{{{ne[0]}, 7, 1, 1}}, x{{1, 2, 1, 1}}}}) = "
-    lines = [head + "{" + ", ".join(map(str, ne)) + "}"]
-
-    def shown(n):
-        return list(range(n)) if n <= 6 else [0, 1, 2, None, n - 3, n - 2, n - 1]
-
-    for i3 in range(ne[3]):
-        lines.append(" " * indent[0] + "[")
-        for i2 in shown(ne[2]):
-            if i2 is None:
-                lines.append(" " * indent[1] + elision)
-                continue
-            lines.append(" " * indent[1] + "[")
-            for i1 in shown(ne[1]):
-                if i1 is None:
-                    lines.append(" " * indent[2] + elision)
-                    continue
-                row = ["..." if i0 is None else f"{values[i3, i2, i1, i0]:12.4f}" for i0 in shown(ne[0])]
-                lines.append(" " * indent[2] + "[" + ", ".join(row) + "],")
-            lines.append(" " * indent[1] + "],")
-        lines.append(" " * indent[0] + "]")
-        lines.append(" " * indent[0] + f"sum = {values.sum():f}")
-    return "\n".join(lines)
-
-
-def as_logged(name, x):
-    """A tap in llama.cpp's own order of axes."""
-    op = name.rpartition("-")[0]
-    if op in ("kq", "kq_soft_max", "kqv"):
-        return x.transpose(1, 0, 2)
-    time_last = (
-        "qkv_mixed_transposed",
-        "conv_input",
-        "conv_states",
-        "conv_states_reshaped",
-        "conv_state_last",
-        "conv_state_update",
-    )
-    return x.T if op in time_last else x
-
-
-def log(dump, **style):
-    head = ["build: 4242 (abc1234)", f"number of input tokens = {len(dump.tokens)}"]
-    head += [f"  {token}" for token in dump.tokens]
-    return "\n".join(head + [printed(name, as_logged(name, dump[name]), **style) for name in dump])
 
 
 MAINLINE = {}

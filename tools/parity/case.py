@@ -1,0 +1,128 @@
+"""One broken tap as its explanations see it, and what an explanation says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from scarlet_jax.tools.parity import graph
+from scarlet_jax.tools.parity.verdict import Tap
+from scarlet_jax.tools.parity.view import LayerView
+
+# Findings that say where the error sits, which is no cause: told in words beside it.
+PLACES = (
+    *("some-tokens", "some-heads", "channel-range", "channel-period", "late-tokens", "early-tokens"),
+    "scattered",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypothesis:
+    """One explanation: its name, how much it explains on held-out tokens, and in words why."""
+
+    name: str
+    explained: float
+    evidence: str
+    kind: str
+    simplicity: int = 0  # lower is simpler: breaks ties
+    op: graph.Op | None = None  # the operation at fault, where it is one that was not dumped
+
+    def as_cause(self) -> dict[str, Any]:
+        """The report's `cause`, and `kind` for the verdict."""
+        return {
+            "name": self.name,
+            "evidence": self.evidence,
+            "confidence": round(float(max(0.0, min(1.0, self.explained))), 4),
+            "kind": "place" if self.name in PLACES else self.kind,
+            "class": self.op.klass if self.op else None,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a hypothesis is judged on.
+
+    `ours` is the broken output, `right` what the formula makes of our engine's inputs (or the reference's output
+    where there is no formula), both (T, ...) float64; `floor` the expected error of the whole array.
+    """
+
+    ours: np.ndarray
+    right: np.ndarray
+    floor: float
+    view: LayerView | None
+    op: graph.Op | None
+    tap: Tap
+
+    @functools.cached_property
+    def residual(self) -> np.ndarray:
+        """What has to be explained."""
+        return self.ours - self.right
+
+    def share(self, candidate: np.ndarray, rows: Any = slice(None)) -> float:
+        """The part of the residual's energy that `candidate` in place of the right output explains, on `rows`."""
+        whole, left = self.residual[rows], (self.ours - candidate)[rows]
+        energy = float((whole**2).sum())
+        if not energy or not np.isfinite(left).all():
+            return 0.0
+        expected = self.floor**2 * whole.size / max(1, self.residual.size)
+        return 1.0 - max(0.0, float((left**2).sum()) - expected) / energy
+
+    def halves(self) -> tuple[slice, slice]:
+        """Fitting rows and held-out rows; with a single row both are it."""
+        return (slice(0, None, 2), slice(1, None, 2)) if len(self.ours) > 1 else (slice(None), slice(None))
+
+    @functools.cached_property
+    def hit(self) -> tuple[np.ndarray, ...] | None:
+        """Indices of the tokens and of the heads (or channels) that are wrong; None where nearly all are."""
+        if self.ours.ndim < 2 or not np.isfinite(self.residual).all():
+            return None
+        energy = self.residual**2
+        found = tuple(
+            self._above(energy.sum(axis=tuple(a for a in range(energy.ndim) if a != axis))) for axis in (0, 1)
+        )
+        whole = all(len(at) >= 0.9 * n for at, n in zip(found, self.ours.shape, strict=False))
+        return None if whole or not all(len(at) for at in found) else found
+
+    def _above(self, energy: np.ndarray) -> np.ndarray:
+        floor = (10 * self.floor) ** 2 / max(1, len(energy))
+        return np.flatnonzero(energy > max(floor, 1e-6 * energy.max(initial=0)))
+
+    def within(self, candidate: np.ndarray) -> np.ndarray:
+        """`candidate` where our output is wrong, the right output elsewhere."""
+        assert self.hit is not None
+        mixed = self.right.copy()
+        mixed[np.ix_(*self.hit)] = candidate[np.ix_(*self.hit)]
+        return mixed
+
+    def part(self) -> Case | None:
+        """The wrong part alone, for structures that one head or a few tokens have; None where all is wrong."""
+        if self.hit is None:
+            return None
+        at = np.ix_(*self.hit)
+        ours, right = self.ours[at], self.right[at]
+        floor = self.floor * (ours.size / self.ours.size) ** 0.5
+        return dataclasses.replace(self, ours=ours, right=right, floor=floor, view=None)
+
+    def where(self) -> str:
+        """The wrong part in words."""
+        assert self.hit is not None
+        tokens, groups = (
+            "" if len(at) >= 0.9 * n else f"{word} {listed(at)} of {n}"
+            for at, n, word in zip(
+                self.hit,
+                self.ours.shape,
+                ("tokens", "heads" if self.ours.ndim == 3 else "channels"),
+                strict=False,
+            )
+        )
+        return " and ".join(filter(None, (tokens, groups)))
+
+
+def listed(values: np.ndarray) -> str:
+    """Integers as a short list: runs as "3 to 9", at most six pieces."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) != 1) + 1) if len(values) else []
+    pieces = [str(int(r[0])) if len(r) == 1 else f"{int(r[0])} to {int(r[-1])}" for r in runs]
+    return ", ".join(pieces[:6]) + (", ..." if len(pieces) > 6 else "")
