@@ -387,7 +387,7 @@ PORTS: list[Fault] = [
         ),
         ("a_softplus",),
         SSM,
-        ("missing-bias", "bias-order"),
+        ("bias-after-softplus", "missing-bias"),
     ),
     Fault(
         "decay-limited",
@@ -450,7 +450,7 @@ PORTS: list[Fault] = [
     Fault(
         "conv-history-reversed",
         "state",
-        _conv_by_chunks(lambda p: p[::-1]),
+        _conv_by_chunks(lambda p: p[1:][::-1]),
         ("conv_output_raw",),
         SSM,
         ("chunk-boundary", "conv-state", "state-reversed"),
@@ -829,7 +829,7 @@ PORTS: list[Fault] = [
         ),
         ("ffn_swiglu",),
         FFN,
-        ("hard-swish", "hard-silu"),
+        ("hard-swish-for-silu",),
     ),
     Fault(
         "ffn-quick-gelu",
@@ -840,7 +840,7 @@ PORTS: list[Fault] = [
         ),
         ("ffn_swiglu",),
         FFN,
-        ("gelu-for-silu", "quick-gelu"),
+        ("gelu-for-silu",),
     ),
     Fault(
         "ffn-silu-table",
@@ -907,7 +907,7 @@ PORTS: list[Fault] = [
         weights(r"blk\.1\.ffn_up\.weight", lambda w, *_: np.concatenate([w[:17], w[16:17], w[18:]])),
         ("ffn_up",),
         FFN,
-        ("channel-range", "channel-permutation", "stale-row"),
+        ("channel-copy", "channel-range", "channel-permutation", "stale-row"),
         "one",
     ),
     Fault(
@@ -1106,7 +1106,10 @@ EXPERTS: list[Fault] = [
     Fault(
         "last-slot-left-out",
         "moe",
-        tap("ffn_moe_out" + _ANY, lambda x, get: x - get("ffn_moe_weighted")[:, -1]),
+        both(
+            tap("ffn_moe_out" + _ANY, lambda x, get: x - get("ffn_moe_weighted")[:, -1]),
+            tap("ffn_out" + _ANY, lambda x, get: x - get("ffn_moe_weighted")[:, -1]),
+        ),
         ("ffn_moe_out",),
         _MOE,
         ("missing-expert",),
@@ -1149,7 +1152,7 @@ EXPERTS: list[Fault] = [
         weights(r"blk\.1\.ffn_up_exps", lambda w, *_: np.concatenate([w[:3], w[3:4] * 0.5, w[4:]])),
         ("ffn_moe_up",),
         _MOE,
-        ("expert-gain", "wrong-expert", "gain"),
+        ("expert-gain", "wrong-expert", "gain", "missing-scale"),
         "one",
     ),
 ]

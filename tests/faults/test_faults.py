@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from faults import run
+from faults import ports, run
 
 QUICK = (
     *("norm-offset-missing", "eps-1e-5", "key-heads-repeated", "query-scale-missing", "decay-after-update"),
@@ -22,6 +22,21 @@ def test_a_fault_is_found_and_named(name, setting):
         assert (outcome.verdict, outcome.first, outcome.klass, outcome.cause) == (True,) * 4, outcome.said
 
 
+PORTED = (
+    *("softplus-threshold-one", "conv-history-lost-at-chunks", "state-halved-at-chunks", "experts-exchanged"),
+    *("mask-drops-the-first-keys", "down-tail-of-inputs", "embedding-high-ids"),
+)
+
+
+@pytest.mark.parametrize("name", PORTED)
+def test_a_fault_in_a_part_is_named_too(name):
+    """On a model with experts, or with none where the fault has no place in that."""
+    faults = (*ports.PORTS, *ports.EXPERTS)
+    size = "b" if name.startswith("down") else "m"
+    for outcome in run.outcomes(size, ("model",), name, faults):
+        assert (outcome.verdict, outcome.first, outcome.klass, outcome.cause) == (True,) * 4, outcome.said
+
+
 def test_the_origin_fault():
     """One high-bit mask for both nibbles, on a stock mix whose attn_qkv is Q5_K."""
     results = [r for r in run.misread_outcomes(("model",), "one mask") if r.setting == "Q4_K_M/model"]
@@ -35,9 +50,9 @@ def test_the_origin_fault():
 @pytest.mark.slow
 def test_the_whole_benchmark():
     """What the analyzer has to reach: most verdicts, places and causes right; unknown rather than wrong."""
-    results = list(
-        itertools.chain(run.outcomes("abc", ("dumps", "model")), run.misread_outcomes(("dumps", "model")))
-    )
+    both = ("dumps", "model")
+    ported = run.outcomes("abdem", both, faults=(*ports.PORTS, *ports.EXPERTS))
+    results = list(itertools.chain(run.outcomes("abc", both), ported, run.misread_outcomes(both)))
     named = [r for r in results if r.cause is not None]
     print(run.table(results))
     assert sum(r.verdict for r in results) >= 0.97 * len(results)

@@ -76,12 +76,13 @@ class Case:
 
     @functools.cached_property
     def hit(self) -> tuple[np.ndarray, ...] | None:
-        """Indices of the tokens and of the heads (or channels) that are wrong; None where nearly all are."""
+        """Indices of the tokens, heads and channels that are wrong, an array an axis; None where nearly all are."""
         if self.ours.ndim < 2 or not np.isfinite(self.residual).all():
             return None
         energy = self.residual**2
         found = tuple(
-            self._above(energy.sum(axis=tuple(a for a in range(energy.ndim) if a != axis))) for axis in (0, 1)
+            self._above(energy.sum(axis=tuple(a for a in range(energy.ndim) if a != axis)))
+            for axis in range(energy.ndim)
         )
         whole = all(len(at) >= 0.9 * n for at, n in zip(found, self.ours.shape, strict=False))
         return None if whole or not all(len(at) for at in found) else found
@@ -109,16 +110,12 @@ class Case:
     def where(self) -> str:
         """The wrong part in words."""
         assert self.hit is not None
-        tokens, groups = (
-            "" if len(at) >= 0.9 * n else f"{word} {listed(at)} of {n}"
-            for at, n, word in zip(
-                self.hit,
-                self.ours.shape,
-                ("tokens", "heads" if self.ours.ndim == 3 else "channels"),
-                strict=False,
-            )
+        words = ("tokens", "heads", "channels") if self.ours.ndim == 3 else ("tokens", "channels")
+        return " and ".join(
+            f"{word} {listed(at)} of {n}"
+            for at, n, word in zip(self.hit, self.ours.shape, words, strict=False)
+            if len(at) < 0.9 * n
         )
-        return " and ".join(filter(None, (tokens, groups)))
 
 
 def listed(values: np.ndarray) -> str:

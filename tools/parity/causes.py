@@ -10,61 +10,19 @@ share leaves little to chance; otherwise the cause stays unknown.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from scarlet_jax.tools.parity import bits, graph, structure, swaps
+from scarlet_jax.tools.parity import bits, graph, guess, structure, swaps
+from scarlet_jax.tools.parity import guess_mixers as _guess_mixers  # noqa: F401 - registers its guesses
+from scarlet_jax.tools.parity.case import PLACES, Case, Hypothesis
 from scarlet_jax.tools.parity.local import Pair, judge
-from scarlet_jax.tools.parity.verdict import Tap
-from scarlet_jax.tools.parity.view import LayerView
+from scarlet_jax.tools.parity.verdict import Tap, family
 
 ENOUGH = 0.90  # held-out share of the residual's energy that a hypothesis must explain
 CERTAIN = 0.999  # and the share above which nothing simpler is looked for
-
-
-@dataclasses.dataclass(frozen=True)
-class Hypothesis:
-    """One explanation: its name, how much it explains on held-out tokens, and in words why."""
-
-    name: str
-    explained: float
-    evidence: str
-    kind: str
-    simplicity: int = 0  # lower is simpler: breaks ties
-    op: graph.Op | None = None  # the operation at fault, where it is one that was not dumped
-
-    def as_cause(self) -> dict[str, Any]:
-        """The report's `cause`, and `kind` for the verdict."""
-        return {
-            "name": self.name,
-            "evidence": self.evidence,
-            "confidence": round(float(max(0.0, min(1.0, self.explained))), 4),
-            "kind": "place" if self.name in _PLACES else self.kind,
-            "class": self.op.klass if self.op else None,
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What a hypothesis is judged on.
-
-    `ours` is the broken output, `right` what the formula makes of our engine's inputs (or the reference's output
-    where there is no formula), both (T, ...) float64; `floor` the expected error of each element.
-    """
-
-    ours: np.ndarray
-    right: np.ndarray
-    floor: float
-    view: LayerView | None
-    op: graph.Op | None
-    tap: Tap
-
-    @property
-    def residual(self) -> np.ndarray:
-        """What has to be explained."""
-        return self.ours - self.right
 
 
 def name(pair: Pair, taps: Sequence[Tap], first: Tap, weights: Any = None) -> dict[str, Any] | None:
@@ -73,23 +31,25 @@ def name(pair: Pair, taps: Sequence[Tap], first: Tap, weights: Any = None) -> di
     Where only the place of the error shows at the first tap, later taps broken the same way (one operation,
     or one quant type) may show more.
     """
-    alike = [
-        t
-        for t in taps
-        if t.broken and t is not first and (t.op == first.op or (t.qtype and t.qtype == first.qtype))
-    ]
+    alike = [t for t in taps if t.broken and t is not first and _alike(t, first)]
     best: Hypothesis | None = None
     for tap in [first, *alike[:2]]:
         found = _explain(pair, tap, weights)
-        if found is not None and (best is None or found.simplicity < best.simplicity):
+        if found is not None and (best is None or _rank(found) < _rank(best)):
             best = found
-        if best is not None and best.simplicity <= 4:
+        if best is not None and best.name not in PLACES and best.simplicity <= 4:
             break
     return best.as_cause() if best else None
 
 
-# Findings that say where the error sits, which is no cause: told in words beside it.
-_PLACES = ("some-tokens", "some-heads", "channel-range", "channel-period", "late-tokens", "early-tokens")
+def _alike(tap: Tap, first: Tap) -> bool:
+    """Whether a later tap is broken the same way: another half of one operation, the operation, the type."""
+    same_place = tap.layer == first.layer and family(tap) == family(first)
+    return same_place or tap.op == first.op or bool(tap.qtype and tap.qtype == first.qtype)
+
+
+def _rank(found: Hypothesis) -> tuple[bool, int]:
+    return found.name in PLACES, found.simplicity
 
 
 def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
@@ -97,12 +57,27 @@ def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
     if tap.metrics.not_finite[0]:
         return _not_finite(case)
     found = [*_variants(case), *_inner_variants(case), *structure.hypotheses(case, pair, Hypothesis)]
+    found += [*guess.hypotheses(case), *guess.inputs_alone(case), *_in_part(case, pair)]
     found += [*swaps.other_taps(case, pair, Hypothesis), *swaps.other_inputs(case, Hypothesis)]
+    found += swaps.other_sources(case, Hypothesis)
     if weights is not None and case.op is not None and case.op.weight:
         found += swaps.other_weights(case, weights, Hypothesis)
         found += bits.hypotheses(case, weights, Hypothesis) if tap.qtype else []
     good = [h for h in found if h.explained >= ENOUGH]
     return _best(good) if good else None
+
+
+def _in_part(case: Case, pair: Pair) -> Iterator[Hypothesis]:
+    """What the wrong tokens, heads or channels have among themselves, where the rest is right."""
+    part = case.part()
+    if part is None:
+        return
+    for found in structure.hypotheses(part, pair, Hypothesis, structure.IN_PART):
+        where = case.where()
+        name = f"{where.split('s ')[0]}-gain" if found.name in ("gain", "missing-scale") else found.name
+        yield dataclasses.replace(
+            found, name=name, evidence=f"{where}: {found.evidence}", simplicity=found.simplicity + 1
+        )
 
 
 def _best(found: Sequence[Hypothesis]) -> Hypothesis:
@@ -131,7 +106,17 @@ def _case(pair: Pair, tap: Tap) -> Case:
             # Our engine follows the formula and the reference does not: explain the reference's departure.
             view = pair.reference.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[1].strict())
             right, ours = reference - (tap.local.ours_residual - tap.local.residual), reference
-    return Case(ours, right.reshape(ours.shape), floor, view, op, tap)
+    return _laid_out(Case(ours, right.reshape(ours.shape), floor, view, op, tap))
+
+
+def _laid_out(case: Case) -> Case:
+    """Heads of one value as channels, and every expert's row of a token as a row of its own."""
+    shape = case.ours.shape
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) == 3 and case.tap.klass == "moe":
+        shape = (-1, shape[2])
+    return dataclasses.replace(case, ours=case.ours.reshape(shape), right=case.right.reshape(shape))
 
 
 def _sampled_case(pair: Pair, tap: Tap, op: graph.Op | None) -> Case:
@@ -157,35 +142,49 @@ def _not_finite(case: Case) -> Hypothesis:
     return Hypothesis("nan", 1.0, f"{share:.1%} of the elements are NaN or infinite, first at {at}", "nan")
 
 
-def share(case: Case, candidate: np.ndarray, rows: np.ndarray | slice = slice(None)) -> float:
-    """The part of the residual's energy that `candidate` in place of the right output explains, on `rows`."""
-    left = (case.ours - candidate)[rows]
-    energy = float((case.residual[rows] ** 2).sum())
-    if not energy or not np.isfinite(left).all():
-        return 0.0
-    size = case.residual.size / max(1, case.residual[rows].size)
-    return 1.0 - max(0.0, float((left**2).sum()) - case.floor**2 / size) / energy
-
-
 def _variants(case: Case) -> list[Hypothesis]:
-    """The operation's known misreadings, re-run."""
+    """The operation's known misreadings, re-run; where only a part is wrong, in that part too."""
     if case.op is None or case.view is None:
         return []
     found = []
     for label, run in case.op.variants.items():
-        try:
-            with np.errstate(all="ignore"):
-                candidate = np.asarray(run(case.view), np.float64)
-        except (graph.Missing, ValueError, IndexError, KeyError, ZeroDivisionError, np.linalg.LinAlgError):
-            continue
-        if candidate.size != case.ours.size:
-            continue
-        explained = share(case, candidate.reshape(case.ours.shape))
-        short = label.split(",")[0].split("=")[0].strip()
-        found.append(
-            Hypothesis(short, explained, f"re-run as '{label}': {explained:.2%} explained", "variant")
-        )
+        candidate = _candidate(case, run, case.view)
+        if candidate is not None:
+            found += _scored(case, candidate, label, f"re-run as '{label}'")
     return found
+
+
+_FAILURES = (
+    graph.Missing,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    ZeroDivisionError,
+    np.linalg.LinAlgError,
+)
+
+
+def _candidate(case: Case, run: graph.Run, view: Any) -> np.ndarray | None:
+    """What a formula gives, in the case's shape; None where it cannot be run."""
+    try:
+        with np.errstate(all="ignore"):
+            candidate = np.asarray(run(view), np.float64)
+    except _FAILURES:
+        return None
+    return candidate.reshape(case.ours.shape) if candidate.size == case.ours.size else None
+
+
+def _scored(
+    case: Case, candidate: np.ndarray, label: str, text: str, simplicity: int = 0, op: graph.Op | None = None
+) -> Iterator[Hypothesis]:
+    short = label.split(",")[0].split("=")[0].strip()
+    explained = case.share(candidate)
+    yield Hypothesis(short, explained, f"{text}: {explained:.2%} explained", "variant", simplicity, op)
+    if case.hit is not None:
+        explained = case.share(case.within(candidate))
+        text = f"{case.where()}: {text}: {explained:.2%} explained"
+        yield Hypothesis(short, explained, text, "variant", simplicity + 1, op)
 
 
 def _inner_variants(case: Case) -> list[Hypothesis]:
@@ -202,13 +201,7 @@ def _inner_variants(case: Case) -> list[Hypothesis]:
         for label, run in op.variants.items():
             view = case.view.fresh()
             view.instead[op.name] = run
-            try:
-                with np.errstate(all="ignore"):
-                    candidate = np.asarray(case.op.run(view), np.float64)
-            except (graph.Missing, ValueError, IndexError, KeyError, AttributeError, np.linalg.LinAlgError):
-                continue
-            if candidate.size == case.ours.size:
-                explained = share(case, candidate.reshape(case.ours.shape))
-                text = f"re-run with {op.name} as '{label}': {explained:.2%} explained"
-                found.append(Hypothesis(label.split(",")[0].split("=")[0], explained, text, "variant", 1, op))
+            candidate = _candidate(case, case.op.run, view)
+            if candidate is not None:
+                found += _scored(case, candidate, label, f"re-run with {op.name} as '{label}'", 1, op)
     return found

@@ -104,6 +104,8 @@ def delta_rule(
     correct=True,
     read_first=False,
     read_before=False,
+    correct_first=False,
+    beta_on="both",
 ):
     """The gated delta rule, token by token (Yang et al., 2024), and its known misreadings.
 
@@ -121,16 +123,23 @@ def delta_rule(
         correct: subtract what the state already says of this key (False: plain gated linear attention).
         read_first: the output reads the state before the update.
         read_before: the output reads the state before decay and update.
+        correct_first: what the state says of this key is looked up before the decay.
+        beta_on: what the write strength scales: "both", or only the "new" value, or only what is "known".
     """
     o = np.empty_like(v)
     for t in range(len(v)):
         decay = np.exp(g[t])[:, None, None]
         if read_before:
             o[t] = np.matmul(state, q[t][:, :, None])[..., 0]
+        before = state
         if not decay_last:
             state = state * decay
-        known = np.matmul(state, k[t][:, :, None])[..., 0] if correct else 0
-        write = (beta[t][:, None] * (v[t] - known))[:, :, None] * k[t][:, None, :]
+        known = np.matmul(before if correct_first else state, k[t][:, :, None])[..., 0] if correct else 0
+        strength = beta[t][:, None]
+        new, known = (
+            part if beta_on == other else strength * part for part, other in ((v[t], "known"), (known, "new"))
+        )
+        write = (new - known)[:, :, None] * k[t][:, None, :]
         if read_first:
             o[t] = np.matmul(state, q[t][:, :, None])[..., 0]
         state = state + write

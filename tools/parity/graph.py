@@ -61,6 +61,7 @@ class View(Protocol):
 
 Run = Callable[[Any], np.ndarray]
 Fit = Callable[[Any, np.ndarray], Mapping[str, np.ndarray]]
+Parts = Callable[[Any], tuple[np.ndarray, np.ndarray | float]]
 Choices = Sequence[Mapping[str, Any]] | Callable[[Any, np.ndarray], Sequence[Mapping[str, Any]]]
 
 
@@ -81,6 +82,8 @@ class Op:
         linear: whether it is one product with `weight`.
         source: it follows from nothing in this run (an embedding without its table, a carried state).
         alias: the same array as another tap, or one that nothing reads.
+        pointwise: view -> x and factor, where the tap is factor * g(x) with a function g of single elements.
+        normed: view -> x and factor, where it is factor * x over the root of x's squares along the last axis.
     """
 
     name: str
@@ -94,6 +97,8 @@ class Op:
     linear: bool = False
     source: bool = False
     alias: bool = False
+    pointwise: Parts | None = None
+    normed: Parts | None = None
 
 
 OPS: dict[tuple[str, str], Op] = {}

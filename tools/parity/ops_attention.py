@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from scarlet_jax.tools.parity import activations
 from scarlet_jax.tools.parity import formulas as f
 from scarlet_jax.tools.parity.graph import OPS, Fit, Missing, Run, add, flat, heads, visible
 from scarlet_jax.tools.parity.ops_shared import delayed, linear, norm, sigmoid
@@ -115,6 +116,13 @@ def _full_rotation(v: Any, name: str) -> np.ndarray:
     return f.rotate(x, angle, adjacent=v.facts.adjacent)
 
 
+def _last_dims(v: Any, name: str) -> np.ndarray:
+    """The last dims of a head turned instead of the first."""
+    x = heads(v(f"{name}_normed"), v.facts.head_dim)
+    turned = f.rotate(np.roll(x, v.facts.rotary, axis=-1), angles(v, len(x)), adjacent=v.facts.adjacent)
+    return np.roll(turned, -v.facts.rotary, axis=-1)
+
+
 def _padded_rotation(v: Any, name: str) -> np.ndarray:
     """Right angles, but halves of the whole head paired: what padding the tables to the head dim gives."""
     x = heads(v(f"{name}_normed"), v.facts.head_dim)
@@ -203,6 +211,7 @@ for _name in ("Qcur", "Kcur"):
             "rope-scale": lambda v, name=_name: _rope(v, name, angle=lambda a: a / 2),
             "rope-partial": lambda v, name=_name: _full_rotation(v, name),
             "rope-partial, halves of the whole head paired": lambda v, name=_name: _padded_rotation(v, name),
+            "rope-partial, the last dims of a head": lambda v, name=_name: _last_dims(v, name),
             "rope-partial, half as many dims": lambda v, name=_name: _half_rotary(v, name),
             "position-shift": lambda v, name=_name: _moved(v, name, 1),
             "position-shift, -1": lambda v, name=_name: _moved(v, name, -1),
@@ -223,7 +232,8 @@ def _qkv(v: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(heads(v(name), v.facts.head_dim) for name in ("Qcur", "Kcur", "Vcur"))
 
 
-def _all_scores(v: Any, other_heads: bool = False) -> np.ndarray:
+def all_scores(v: Any, other_heads: bool = False) -> np.ndarray:
+    """Scores of every query and key, those to come too; (T, N, S)."""
     if v.facts.cut or v.facts.first_position:
         raise Missing("the keys of earlier tokens")
     q, k = heads(v("Qcur"), v.facts.head_dim), heads(v("Kcur"), v.facts.head_dim)
@@ -231,12 +241,12 @@ def _all_scores(v: Any, other_heads: bool = False) -> np.ndarray:
 
 
 def _kq(v: Any, other_heads: bool = False) -> np.ndarray:
-    return visible(_all_scores(v, other_heads))
+    return visible(all_scores(v, other_heads))
 
 
 def _probabilities(v: Any, *, scale: float | None = None, mask: Callable | None = None) -> np.ndarray:
     """Softmax of the scores; another `mask` (of the scores, to bool (T, S)) may see keys to come."""
-    kq = v("kq") if mask is None else _all_scores(v)
+    kq = v("kq") if mask is None else all_scores(v)
     scale = v.facts.head_dim**-0.5 if scale is None else scale
     seen = f.causal_mask(kq.shape[0], kq.shape[2]) if mask is None else mask(kq)
     return f.softmax(np.where(seen[:, None], kq * kq.dtype.type(scale), -np.inf))
@@ -367,9 +377,10 @@ add(
     lambda v: flat(v("attn_pregate")) * flat(v("gate_sigmoid")),
     variants={
         "missing-gate": lambda v: flat(v("attn_pregate")),
-        "missing-sigmoid": lambda v: flat(v("attn_pregate")) * flat(v("gate_reshaped")),
-        "silu-for-sigmoid": lambda v: flat(v("attn_pregate")) * f.silu(flat(v("gate_reshaped"))),
-        "double-sigmoid": lambda v: flat(v("attn_pregate")) * f.sigmoid(flat(v("gate_sigmoid"))),
+        **{
+            cause: (lambda v, change=change: flat(v("attn_pregate")) * change(flat(v("gate_reshaped"))))
+            for cause, change in activations.mistaken("sigmoid").items()
+        },
         "double-gate": lambda v: flat(v("attn_pregate")) * flat(v("gate_sigmoid")) ** 2,
         "gate-layout": lambda v: flat(v("attn_pregate")) * f.sigmoid(flat(_split_flat(v, 1))),
         "gate-layout, the query": lambda v: flat(v("attn_pregate")) * f.sigmoid(flat(_query_and_gate(v, 0))),

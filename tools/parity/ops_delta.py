@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from scarlet_jax.tools.parity import activations
 from scarlet_jax.tools.parity import formulas as f
 from scarlet_jax.tools.parity.arithmetic import bf16, f16
 from scarlet_jax.tools.parity.graph import Run, add, flat, heads, known
-from scarlet_jax.tools.parity.ops_shared import EPS, delayed, fit_gain, linear, nothing, sigmoid
+from scarlet_jax.tools.parity.ops_shared import EPS, delayed, elementwise, fit_gain, linear, nothing, sigmoid
 
 linear("linear_attn_qkv_mixed", "ssm", "ssm", "attn_qkv", "attn_norm")
 linear("z", "ssm", "ssm", "attn_gate", "attn_norm")
@@ -98,19 +100,24 @@ add(
         ),
     },
 )
-add(
-    "conv_output_silu",
-    "ssm",
-    "ssm",
-    lambda v: f.silu(v("conv_output_raw")),
-    variants={
-        "missing-silu": lambda v: v("conv_output_raw"),
-        "sigmoid-for-silu": lambda v: f.sigmoid(v("conv_output_raw")),
-        "gelu-for-silu": lambda v: f.gelu(v("conv_output_raw")),
-        "relu-for-silu": lambda v: np.maximum(v("conv_output_raw"), 0),
-        "double-silu": lambda v: f.silu(f.silu(v("conv_output_raw"))),
-    },
-)
+elementwise("conv_output_silu", "ssm", "ssm", "silu", lambda v: v("conv_output_raw"))
+
+
+def conv_by_chunk(
+    v: Any, carry: Callable[[np.ndarray], np.ndarray] | None, first: int, period: int
+) -> np.ndarray:
+    """The convolution with the rows before each chunk mistreated; chunks start at `first`, then every `period`.
+
+    Without `carry` the history is that of one token earlier.
+    """
+    padded, y, past = _padded(v), _conv(v), v.facts.conv_kernel - 1
+    for start in range(first, len(y), period):
+        rows = slice(start, min(len(y), start + past))
+        history = padded[start : start + past]
+        history = padded[start - 1 : start - 1 + past] if carry is None else carry(history)
+        part = np.concatenate([history, padded[start + past : rows.stop + past]])
+        y[rows] = _conv(v, padded=part)
+    return y
 
 
 def _part(v: Any, which: str) -> np.ndarray:
@@ -168,7 +175,11 @@ for _name, _source in (("q_conv_predelta", "q_conv"), ("k_conv_predelta", "k_con
         "ssm",
         lambda v, source=_source: _l2(v, v(source)),
         choices=_L2,
+        normed=lambda v, source=_source: (v(source), 1.0),
         variants={
+            "norm-axis, absolute values": lambda v, source=_source: (
+                v(source) / np.abs(v(source)).sum(-1, keepdims=True)
+            ),
             "sum-for-mean": lambda v, source=_source: f.rms(v(source), v.facts.eps),
             "missing-norm": lambda v, source=_source: v(source),
             "norm-axis": lambda v, source=_source: f.l2(flat(v(source)), v.facts.eps).reshape(
@@ -185,8 +196,12 @@ for _name, _source in (("q_conv_predelta", "q_conv"), ("k_conv_predelta", "k_con
     )
 
 
+def _biased(v: Any) -> np.ndarray:
+    return v("alpha") + v.weight("ssm_dt.bias")
+
+
 def _rate(v: Any) -> np.ndarray:
-    return f.softplus(v("alpha") + v.weight("ssm_dt.bias"))
+    return f.softplus(_biased(v))
 
 
 def _fit_bias(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -206,11 +221,12 @@ add(
         "double-bias": lambda v: f.softplus(v("alpha") + 2 * v.weight("ssm_dt.bias")),
         "bias-sign": lambda v: f.softplus(v("alpha") - v.weight("ssm_dt.bias")),
         "bias-after-softplus": lambda v: f.softplus(v("alpha")) + v.weight("ssm_dt.bias"),
-        "missing-softplus": lambda v: v("alpha") + v.weight("ssm_dt.bias"),
-        "relu-for-softplus": lambda v: np.maximum(v("alpha") + v.weight("ssm_dt.bias"), 0),
-        "sigmoid-for-softplus": lambda v: f.sigmoid(v("alpha") + v.weight("ssm_dt.bias")),
-        "double-softplus": lambda v: f.softplus(_rate(v)),
+        **{
+            cause: (lambda v, change=change: change(_biased(v)))
+            for cause, change in activations.mistaken("softplus").items()
+        },
     },
+    pointwise=lambda v: (_biased(v), 1.0),
 )
 add(
     "gate",
@@ -248,17 +264,25 @@ def _key_head(v: Any, keys: int, values: int, other: bool = False) -> np.ndarray
 
 
 def delta(
-    view: Any, /, *, out: int, scale: Any = None, other_heads: bool = False, **twist: Any
+    view: Any,
+    /,
+    *,
+    out: int,
+    scale: Any = None,
+    other_heads: bool = False,
+    read: np.ndarray | None = None,
+    **twist: Any,
 ) -> np.ndarray:
     """Output (out=0) or last state (out=1) of the delta rule; keywords make the misread forms.
 
-    `scale`, `beta`, `g`, `state`, `k`, `q`: functions from the right value to the one used.
+    `scale`, `beta`, `g`, `state`, `k`, `q`: functions from the right value to the one used; `read`: the key head
+    of each value head.
     """
     change = {name: twist.pop(name, None) or (lambda x: x) for name in ("q", "k", "v", "g", "beta", "state")}
     values = heads(view("v_conv_predelta"), view.facts.value_dim)
     hv = values.shape[1]
     q, k = (heads(view(f"{part}_conv_predelta"), view.facts.key_dim) for part in "qk")
-    read = _key_head(view, k.shape[1], hv, other_heads)
+    read = _key_head(view, k.shape[1], hv, other_heads) if read is None else read
     factor = scale if scale is not None else 1.0 if view.facts.query_scaled else q.shape[-1] ** -0.5
     state = view.state("state_predelta", (hv, values.shape[-1], k.shape[-1]))
     o, last = f.delta_rule(
@@ -273,15 +297,28 @@ def delta(
     return o if out == 0 else last
 
 
+def key_heads(view: Any) -> tuple[np.ndarray, ...]:
+    """Scaled queries, keys, log decay and write strength of every value head: (T, Hv, Dk) twice, (T, Hv) twice."""
+    q, k = (heads(view(f"{part}_conv_predelta"), view.facts.key_dim) for part in "qk")
+    g, beta = flat(view("gate")), flat(view("beta_sigmoid"))
+    read = _key_head(view, k.shape[1], g.shape[1])
+    factor = 1.0 if view.facts.query_scaled else q.shape[-1] ** -0.5
+    return q[:, read] * factor, k[:, read], g, beta
+
+
 def _transposed(x: np.ndarray) -> np.ndarray:
     return np.swapaxes(x, -1, -2)
 
 
-def _by_chunk(v: Any, out: int, carry: Callable[[np.ndarray], np.ndarray], chunk: int = 64) -> np.ndarray:
-    """The delta rule run chunk by chunk, the state between chunks mistreated."""
+def by_chunk(
+    v: Any, out: int, carry: Callable[[np.ndarray], np.ndarray], chunk: int = 64, first: int = 0
+) -> np.ndarray:
+    """The delta rule run chunk by chunk, the state between chunks mistreated; the first may have another length."""
+    tokens = len(v("v_conv_predelta"))
+    starts = [0, *range(first or chunk, tokens, chunk)]
     outputs, state = [], None
-    for start in range(0, len(v("v_conv_predelta")), chunk):
-        part = _Rows(v, slice(start, start + chunk), None if state is None else carry(state))
+    for start, stop in itertools.pairwise([*starts, tokens]):
+        part = _Rows(v, slice(start, stop), None if state is None else carry(state))
         outputs.append(delta(part, out=0))
         state = delta(part, out=1)
     return np.concatenate(outputs) if out == 0 else state
@@ -326,6 +363,9 @@ def _delta_variants(out: int) -> dict[str, Run]:
         "double-beta": twist(beta=lambda b: b * b),
         "twice-beta": twist(beta=lambda b: 2 * b),
         "missing-correction": twist(correct=False),
+        "beta-order, of what is known only": twist(beta_on="known"),
+        "beta-order, of what is new only": twist(beta_on="new"),
+        "update-order, correction before the decay": twist(correct_first=True),
         "update-order": twist(read_first=True),
         "update-order, before the decay": twist(read_before=True),
         "state-transposed": twist(state=_transposed),
@@ -338,8 +378,8 @@ def _delta_variants(out: int) -> dict[str, Run]:
         "missing-norm": lambda v: delta(
             _Renamed(v, {"q_conv_predelta": "q_conv", "k_conv_predelta": "k_conv"}), out=out
         ),
-        "chunk-boundary": lambda v: _by_chunk(v, out, carry=lambda s: 0 * s),
-        "chunk-boundary, state transposed": lambda v: _by_chunk(v, out, carry=_transposed),
+        "chunk-boundary": lambda v: by_chunk(v, out, carry=lambda s: 0 * s),
+        "chunk-boundary, state transposed": lambda v: by_chunk(v, out, carry=_transposed),
         **({"state-transposed, as stored": lambda v: _transposed(delta(v, out=1))} if out else {}),
         **({"stale-state": lambda v: v.state("state_predelta", delta(v, out=1).shape)} if out else {}),
     }
@@ -392,9 +432,6 @@ def _fit_out_norm(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
 
 
 _GATED_NORM_FAULTS: dict[str, Callable[..., np.ndarray]] = {
-    "missing-silu": lambda o, z, w, eps: f.rms(o, eps) * w * z,
-    "sigmoid-for-silu": lambda o, z, w, eps: f.rms(o, eps) * w * f.sigmoid(z),
-    "gelu-for-silu": lambda o, z, w, eps: f.rms(o, eps) * w * f.gelu(z),
     "missing-gate": lambda o, z, w, eps: f.rms(o, eps) * w,
     "norm-order": lambda o, z, w, eps: f.rms(o * f.silu(z), eps) * w,
     "missing-norm": lambda o, z, w, eps: o * w * f.silu(z),
@@ -404,7 +441,10 @@ _GATED_NORM_FAULTS: dict[str, Callable[..., np.ndarray]] = {
     "sum-for-mean": lambda o, z, w, eps: f.l2(o, eps) * w * f.silu(z),
     "norm-axis": lambda o, z, w, eps: f.rms(flat(o), eps).reshape(o.shape) * w * f.silu(z),
     "layer-norm": lambda o, z, w, eps: f.rms(o - o.mean(-1, keepdims=True), eps) * w * f.silu(z),
-    "double-silu": lambda o, z, w, eps: f.rms(o, eps) * w * f.silu(f.silu(z)),
+    **{
+        cause: (lambda o, z, w, eps, change=change: f.rms(o, eps) * w * change(z))
+        for cause, change in activations.mistaken("silu").items()
+    },
     **{
         f"eps={eps:g}": (lambda o, z, w, _, eps=eps: f.rms(o, eps) * w * f.silu(z))
         for eps in (0.0, 1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
@@ -422,4 +462,6 @@ add(
         cause: (lambda v, change=change: _gated_norm(v, change))
         for cause, change in _GATED_NORM_FAULTS.items()
     },
+    pointwise=lambda v: (_out_norm(v)[1], f.rms(_out_norm(v)[0], v.facts.eps) * v.weight("ssm_norm")),
+    normed=lambda v: (_out_norm(v)[0], v.weight("ssm_norm") * f.silu(_out_norm(v)[1])),
 )

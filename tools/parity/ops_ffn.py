@@ -23,6 +23,9 @@ swiglu("ffn_swiglu", "", "ffn", "ffn_gate", "ffn_up")
 linear("ffn_moe_logits", "moe", "moe", "ffn_gate_inp", "attn_post_norm")
 
 
+_SMALLEST = 2.0**-14  # f16's smallest normal number, which llama.cpp clamps the sum of weights to
+
+
 def _chosen(v: Any, scores: np.ndarray | None = None) -> np.ndarray:
     """Indices of the k largest, largest first, (T, k)."""
     scores = v("ffn_moe_probs") if scores is None else scores
@@ -32,7 +35,7 @@ def _chosen(v: Any, scores: np.ndarray | None = None) -> np.ndarray:
 
 
 def _experts(v: Any) -> np.ndarray:
-    return v("ffn_moe_topk").astype(np.int64)
+    return np.rint(v("ffn_moe_topk")).astype(np.int64)
 
 
 def _weights(v: Any) -> np.ndarray:
@@ -41,7 +44,7 @@ def _weights(v: Any) -> np.ndarray:
 
 def _normalised(v: Any) -> np.ndarray:
     weights = flat(v("ffn_moe_weights"))
-    return weights / np.maximum(weights.sum(axis=-1, keepdims=True), weights.dtype.type(6.1e-5))
+    return weights / np.maximum(weights.sum(axis=-1, keepdims=True), weights.dtype.type(_SMALLEST))
 
 
 def _by_expert(v: Any, stem: str, x: np.ndarray) -> np.ndarray:
@@ -90,11 +93,32 @@ add(
     _weights,
     variants={"router": lambda v: np.take_along_axis(v("ffn_moe_logits"), _experts(v), axis=-1)},
 )
+
+
+def _gate_and_up(v: Any) -> np.ndarray:
+    return _by_expert(v, "ffn_gate_up_exps", flat(v("attn_post_norm")))
+
+
+add(
+    "ffn_moe_argsort",
+    "moe",
+    "moe",
+    lambda v: np.argsort(-v("ffn_moe_probs"), axis=-1, kind="stable"),
+    alias=True,
+)
+add("ffn_moe_gate_up", "moe", "moe", _gate_and_up, weight="ffn_gate_up_exps")
 add(
     "ffn_moe_weights_sum",
     "moe",
     "moe",
     lambda v: flat(v("ffn_moe_weights")).sum(axis=-1, keepdims=True),
+    alias=True,
+)
+add(
+    "ffn_moe_weights_sum_clamped",
+    "moe",
+    "moe",
+    lambda v: np.maximum(flat(v("ffn_moe_weights")).sum(axis=-1, keepdims=True), _SMALLEST),
     alias=True,
 )
 add(

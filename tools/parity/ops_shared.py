@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from scarlet_jax.tools.parity import activations
 from scarlet_jax.tools.parity import formulas as f
 from scarlet_jax.tools.parity.arithmetic import bf16
 from scarlet_jax.tools.parity.graph import Fit, Missing, Run, add, flat, known
@@ -51,6 +52,10 @@ def _norm_variants(source: Callable[[Any], np.ndarray], stem: str) -> dict[str, 
         root = np.sqrt(np.mean(x * x, axis=-1, keepdims=True))
         return x / (root + v.facts.eps) * v.weight(stem)
 
+    def over_tokens(v: Any) -> np.ndarray:
+        x = source(v)
+        return x / np.sqrt(np.mean(x * x, axis=0, keepdims=True) + v.facts.eps) * v.weight(stem)
+
     def over_all_heads(v: Any) -> np.ndarray:
         x = source(v)
         return f.rms(flat(x), v.facts.eps).reshape(x.shape) * v.weight(stem)
@@ -65,6 +70,8 @@ def _norm_variants(source: Callable[[Any], np.ndarray], stem: str) -> dict[str, 
         "layer-norm": centred,
         "sum-for-mean": lambda v: f.l2(source(v), v.facts.eps) * v.weight(stem),
         "norm-axis": over_all_heads,
+        "norm-axis, over the tokens": over_tokens,
+        "norm-order, the weight before the norm": lambda v: f.rms(source(v) * v.weight(stem), v.facts.eps),
         "weight-precision": lambda v: normed(v) * bf16(v.weight(stem)),
         "offset-precision": lambda v: normed(v) * (1 + bf16(v.weight(stem) - 1)),
         "eps": outside,
@@ -83,6 +90,7 @@ def norm(name: str, kind: str, source: Callable[[Any], np.ndarray], stem: str, *
         fit=fit_gain(stem, lambda v: f.rms(source(v), v.facts.eps)),
         choices=EPS,
         variants=_norm_variants(source, stem),
+        normed=lambda v: (source(v), v.weight(stem)),
         **rest,
     )
 
@@ -96,6 +104,7 @@ def bare_norm(name: str, kind: str, source: Callable[[Any], np.ndarray]) -> None
         lambda v: f.rms(source(v), v.facts.eps),
         choices=EPS,
         alias=True,
+        normed=lambda v: (source(v), 1.0),
         variants={
             "sum-for-mean": lambda v: f.l2(source(v), v.facts.eps),
             "missing-norm": source,
@@ -131,46 +140,45 @@ def residual(name: str, kind: str, klass: str, stream, branch, **more: Run) -> N
     )
 
 
-_SIGMOID_VARIANTS = {
-    "missing-sigmoid": lambda x: x,
-    "double-sigmoid": lambda x: f.sigmoid(f.sigmoid(x)),
-    "silu-for-sigmoid": f.silu,
-    "sigmoid-sign": lambda x: f.sigmoid(-x),
-    "twice-sigmoid": lambda x: 2 * f.sigmoid(x),
-    "tanh-for-sigmoid": np.tanh,
-    "softmax-for-sigmoid": lambda x: f.softmax(flat(x)).reshape(x.shape),
-}
+def elementwise(
+    name: str, kind: str, klass: str, function: str, x: Run, factor: Run | None = None, **rest: Any
+) -> None:
+    """An elementwise `function` of x, times a factor, and what may be taken for that function."""
+
+    def times(change: activations.Function) -> Run:
+        return lambda v: change(x(v)) if factor is None else change(x(v)) * factor(v)
+
+    variants = {cause: times(change) for cause, change in activations.mistaken(function).items()}
+    variants |= rest.pop("variants", {})
+    add(
+        name,
+        kind,
+        klass,
+        times(activations.FUNCTIONS[function]),
+        variants=variants,
+        pointwise=lambda v: (x(v), 1.0 if factor is None else factor(v)),
+        **rest,
+    )
 
 
 def sigmoid(name: str, kind: str, klass: str, source: str) -> None:
     """A sigmoid gate of `source`."""
-    add(
-        name,
-        kind,
-        klass,
-        lambda v: f.sigmoid(v(source)),
-        variants={
-            cause: (lambda v, change=change: change(v(source))) for cause, change in _SIGMOID_VARIANTS.items()
-        },
-    )
+    elementwise(name, kind, klass, "sigmoid", lambda v: v(source))
 
 
 def swiglu(name: str, kind: str, klass: str, gate: str, up: str) -> None:
     """SiLU of one tap times another."""
-    add(
+    elementwise(
         name,
         kind,
         klass,
-        lambda v: f.silu(v(gate)) * v(up),
+        "silu",
+        lambda v: v(gate),
+        lambda v: v(up),
         variants={
             "swapped-gate-up": lambda v: v(gate) * f.silu(v(up)),
-            "missing-silu": lambda v: v(gate) * v(up),
-            "gelu-for-silu": lambda v: f.gelu(v(gate)) * v(up),
-            "relu-for-silu": lambda v: np.maximum(v(gate), 0) * v(up),
-            "sigmoid-for-silu": lambda v: f.sigmoid(v(gate)) * v(up),
             "missing-gate": lambda v: v(up),
             "missing-up": lambda v: f.silu(v(gate)),
-            "double-silu": lambda v: f.silu(f.silu(v(gate))) * v(up),
         },
     )
 

@@ -6,46 +6,29 @@ odd ones (with a single token, on every other channel).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from scarlet_jax.tools.parity import formulas, graph
 from scarlet_jax.tools.parity.arithmetic import bf16, f16, q8_0
-from scarlet_jax.tools.parity.ops_attention import fitted_angles
+from scarlet_jax.tools.parity.case import listed
 
 Make = Callable[..., Any]
+Found = Iterator[tuple[str, float, str, str, int]]
+Look = Callable[[Any, Any], Found]
 
 
-def hypotheses(case: Any, pair: Any, make: Make) -> list[Any]:
-    """All structural explanations of a case."""
+def hypotheses(case: Any, pair: Any, make: Make, looks: Sequence[Look] | None = None) -> list[Any]:
+    """All structural explanations of a case, or those of some `looks`."""
     if not case.ours.size or not np.isfinite(case.ours).all() or not np.isfinite(case.right).all():
         return []
     found: list[Any] = []
-    for look in _LOOKS:
+    for look in _LOOKS if looks is None else looks:
         with np.errstate(all="ignore"):
             found += [make(*h) for h in look(case, pair)]
     return found
-
-
-Found = Iterator[tuple[str, float, str, str, int]]
-
-
-def _halves(case: Any) -> tuple[Any, Any]:
-    """Fitting rows and held-out rows."""
-    tokens = len(case.ours)
-    return (slice(0, None, 2), slice(1, None, 2)) if tokens > 1 else (slice(None), slice(None))
-
-
-def _share(case: Any, candidate: np.ndarray, rows: Any = slice(None)) -> float:
-    left, whole = (case.ours - candidate)[rows], case.residual[rows]
-    energy = float((whole**2).sum())
-    if not energy or not np.isfinite(left).all():
-        return 0.0
-    floor = case.floor**2 * whole.size / case.residual.size
-    return 1.0 - max(0.0, float((left**2).sum()) - floor) / energy
 
 
 def _zeros(case: Any, _: Any) -> Found:
@@ -54,10 +37,10 @@ def _zeros(case: Any, _: Any) -> Found:
 
 
 def _gain(case: Any, pair: Any) -> Found:
-    fit, held = _halves(case)
+    fit, held = case.halves()
     p, y = case.right[fit], case.ours[fit]
     gain = float((p * y).sum() / max((p * p).sum(), 1e-300))
-    explained = _share(case, gain * case.right, held)
+    explained = case.share(gain * case.right, held)
     if abs(gain + 1) < 0.02:
         yield "sign", explained, f"the output is the right one times {gain:.4g}", "structure", 1
         return
@@ -86,9 +69,9 @@ def _known_gain(gain: float, facts: Any, shape: tuple[int, ...]) -> str:
 def _bias(case: Any, _: Any) -> Found:
     if len(case.ours) < 4 or (case.op is not None and case.op.klass == "embedding"):
         return  # a table's rows have no bias: where their blocks' minima are lost it looks like one
-    fit, held = _halves(case)
+    fit, held = case.halves()
     bias = case.residual[fit].mean(axis=0)
-    explained = _share(case, case.right + bias, held)
+    explained = case.share(case.right + bias, held)
     constant = float(np.ptp(bias)) < 1e-3 * float(np.abs(bias).max(initial=0))
     text = (
         f"a constant of {bias.flat[0]:.4g} is added"
@@ -101,15 +84,15 @@ def _bias(case: Any, _: Any) -> Found:
 def _channel_gain(case: Any, _: Any) -> Found:
     if len(case.ours) < 4:
         return
-    fit, held = _halves(case)
+    fit, held = case.halves()
     p, y = case.right[fit], case.ours[fit]
     gain = (p * y).sum(axis=0) / np.maximum((p * p).sum(axis=0), 1e-300)
     name = "norm-weight" if case.op is not None and case.op.klass == "norm" else "channel-gain"
-    yield name, _share(case, gain * case.right, held), "each channel has its own gain", "structure", 8
+    yield name, case.share(gain * case.right, held), "each channel has its own gain", "structure", 8
     if case.ours.ndim == 3:
         gain = (p * y).sum(axis=(0, 2)) / np.maximum((p * p).sum(axis=(0, 2)), 1e-300)
         text = f"each head has its own constant gain, {gain.min():.3g} to {gain.max():.3g}"
-        yield "head-gain", _share(case, gain[:, None] * case.right, held), text, "structure", 7
+        yield "head-gain", case.share(gain[:, None] * case.right, held), text, "structure", 7
 
 
 def _token_gain(case: Any, _: Any) -> Found:
@@ -125,6 +108,66 @@ def _token_gain(case: Any, _: Any) -> Found:
     text = f"each token has its own gain, {gain.min():.4g} to {gain.max():.4g}"
     yield "token-gain", float(explained), text, "structure", 9
 
+    if p.size < 3 * len(p) or case.ours.ndim != 3 or case.ours.shape[2] < 4:
+        return
+    even = np.arange(case.ours.shape[2]) % 2 == 0
+    energy = np.maximum((case.right[..., even] ** 2).sum(-1, keepdims=True), 1e-300)
+    gains = (case.right[..., even] * case.ours[..., even]).sum(-1, keepdims=True) / energy
+    explained = case.share(gains * case.right, (slice(None), slice(None), ~even))
+    text = f"each head of each token has its own gain, {gains.min():.4g} to {gains.max():.4g}"
+    yield "token-gain", explained, text, "structure", 9
+
+
+def _token_offset(case: Any, _: Any) -> Found:
+    """One constant a token, fitted on even channels and scored on odd ones."""
+    flat = (len(case.ours), -1)
+    residual = case.residual.reshape(flat)
+    if residual.shape[1] < 8:
+        return
+    right = case.right.reshape(flat)
+    top = right.max(axis=1, keepdims=True)
+    total = top + np.log(np.exp(right - top).sum(axis=1, keepdims=True))
+    text = "the logarithm of the sum of exponentials is subtracted from every row"
+    yield "log-softmax", case.share((right - total).reshape(case.ours.shape)), text, "structure", 1
+    even = np.arange(residual.shape[1]) % 2 == 0
+    offset = residual[:, even].mean(axis=1, keepdims=True)
+    left = ((residual - offset)[:, ~even] ** 2).sum() - case.floor**2 / 2
+    explained = 1 - max(0.0, float(left)) / max(float((residual[:, ~even] ** 2).sum()), 1e-300)
+    text = f"each token has its own constant added, {offset.min():.4g} to {offset.max():.4g}"
+    yield "token-offset", explained, text, "structure", 9
+
+
+def _copies(case: Any, _: Any) -> Found:
+    """Wrong rows, or wrong channels of the last axis, that are right ones of another place: stale or overwritten."""
+    if case.hit is None or case.ours.size > 1 << 22:
+        return
+    for axis, word in ((0, "token"), (case.ours.ndim - 1, "channel")):
+        a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (case.ours, case.right))
+        mask = np.zeros(case.ours.shape, bool)
+        mask[np.ix_(*case.hit)] = True
+        hit = np.moveaxis(mask, axis, 0).reshape(a.shape)
+        wrong = np.flatnonzero(hit.any(axis=1))
+        if not 0 < len(wrong) <= min(256, 0.9 * len(a)):
+            continue
+        source = {int(i): _nearest(a[i], b, hit[i]) for i in wrong}
+        candidate = b.copy()
+        for i, j in source.items():
+            candidate[i] = np.where(hit[i], b[j], b[i])
+        back = np.moveaxis(candidate.reshape(np.moveaxis(case.ours, axis, 0).shape), 0, axis)
+        pairs = ", ".join(f"{i} is {j}" for i, j in list(source.items())[:4])
+        name = "stale-row" if axis == 0 else "kv-cache" if case.tap.op == "kq" else "channel-copy"
+        yield name, case.share(back), f"{word}s hold what others should: {pairs}", "structure", 4
+
+
+def _nearest(row: np.ndarray, rows: np.ndarray, where: np.ndarray) -> int:
+    return int(((rows[:, where] - row[where]) ** 2).sum(axis=1).argmin())
+
+
+def _started(case: Any, _: Any) -> Found:
+    """A carried state that the reference starts empty."""
+    if case.op is not None and case.op.source and "state" in case.op.name and not case.right.any():
+        yield "state-reset", 1.0, "the run starts from a state that is not empty", "structure", 1
+
 
 def _shift(case: Any, _: Any) -> Found:
     tokens = len(case.ours)
@@ -134,12 +177,12 @@ def _shift(case: Any, _: Any) -> Found:
         rows = slice(by, None) if by > 0 else slice(None, by)
         moved = np.roll(case.right, by, axis=0)
         text = f"every row is that of {abs(by)} token{'s' * (abs(by) > 1)} {'earlier' if by > 0 else 'later'}"
-        yield "token-shift", _share(case, moved, rows), text, "structure", 1
+        yield "token-shift", case.share(moved, rows), text, "structure", 1
     if tokens > 3:
-        yield "token-order", _share(case, case.right[::-1]), "the tokens are in reverse order", "structure", 1
+        yield "token-order", case.share(case.right[::-1]), "the tokens are in reverse order", "structure", 1
         yield (
             "stale-row",
-            _share(case, np.broadcast_to(case.right[:1], case.right.shape)),
+            case.share(np.broadcast_to(case.right[:1], case.right.shape)),
             "every row is the first",
             ("structure"),
             2,
@@ -160,8 +203,10 @@ def _heads(case: Any, pair: Any) -> Found:
         if (order == np.arange(len(order))).all():
             continue
         candidate = case.right.reshape(cut)[:, order].reshape(shape)
-        text = f"heads are exchanged: ours 0.. are the right {_listed(order)}"
-        yield "head-permutation", _share(case, candidate), text, "structure", 1
+        text = f"heads are exchanged: ours 0.. are the right {listed(order)}"
+        mixer = case.op is None or len(shape) == 3 or case.op.klass in ("ssm", "attention")
+        name = "head-permutation" if mixer else "channel-permutation"
+        yield name, case.share(candidate), text, "structure", 1
 
 
 def _assignment(ours: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -175,7 +220,7 @@ def _assignment(ours: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _channels(case: Any, _: Any) -> Found:
     """Channels of the last axis exchanged: halves swapped, interleaved, blocks of 32 reordered, any order."""
     n = case.ours.shape[-1] if case.ours.ndim > 1 else 0
-    if n < 4:
+    if n < 2:
         return
     named = {"halves swapped": np.roll(np.arange(n), n // 2), "reversed": np.arange(n)[::-1]}
     if n % 2 == 0:
@@ -183,16 +228,16 @@ def _channels(case: Any, _: Any) -> Found:
         named["halves for interleaved"] = np.arange(n).reshape(-1, 2).T.ravel()
         named["neighbours swapped"] = np.arange(n).reshape(-1, 2)[:, ::-1].ravel()
     for label, order in named.items():
-        explained = _share(case, case.right[..., order])
+        explained = case.share(case.right[..., order])
         yield _order_name(case, order), explained, f"channels {label}", "structure", 2
-    if 8 <= n <= 2048 and case.ours.size // n >= 6:
-        fit, held = _halves(case)
+    if n <= 2048 and case.ours.size // n >= 6:
+        fit, held = case.halves()
         a, b = (x[fit].reshape(-1, n).T for x in (case.ours, case.right))
         cost = (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * a @ b.T
         order = linear_sum_assignment(cost)[1]
         if not (order == np.arange(n)).all():
-            text = f"channels are exchanged: ours 0.. are the right {_listed(order)}"
-            yield _order_name(case, order), _share(case, case.right[..., order], held), text, "structure", 4
+            text = f"channels are exchanged: ours 0.. are the right {listed(order)}"
+            yield _order_name(case, order), case.share(case.right[..., order], held), text, "structure", 4
 
 
 def _order_name(case: Any, order: np.ndarray) -> str:
@@ -212,7 +257,7 @@ def _order_name(case: Any, order: np.ndarray) -> str:
 def _precision(case: Any, _: Any) -> Found:
     for label, rounding in (("bf16", bf16), ("f16", f16), ("int8 blocks", q8_0)):
         text = f"the output is the right one rounded to {label}"
-        yield "output-precision", _share(case, rounding(case.right)), text, "structure", 1
+        yield "output-precision", case.share(rounding(case.right)), text, "structure", 1
 
 
 def _clip(case: Any, _: Any) -> Found:
@@ -220,13 +265,13 @@ def _clip(case: Any, _: Any) -> Found:
     if case.right.max() > high or case.right.min() < low:
         text = f"the output is limited to {low:.4g} .. {high:.4g}"
         name = "missing-negative" if low == 0 and case.right.min() < 0 else "saturation"
-        yield name, _share(case, np.clip(case.right, low, high)), text, "structure", 2
+        yield name, case.share(np.clip(case.right, low, high)), text, "structure", 2
 
 
 def _soft_cap(case: Any, _: Any) -> Found:
     for cap in (10.0, 15.0, 20.0, 30.0, 50.0, 100.0):
         text = f"the output is {cap:g} tanh(right / {cap:g})"
-        yield "soft-cap", _share(case, cap * np.tanh(case.right / cap)), text, "structure", 1
+        yield "soft-cap", case.share(cap * np.tanh(case.right / cap)), text, "structure", 1
 
 
 def _part(case: Any, _: Any) -> Found:
@@ -237,6 +282,12 @@ def _part(case: Any, _: Any) -> Found:
         return
     yield from _tokens_hit(case, energy.sum(axis=1))
     yield from _channels_hit(case, energy)
+    wrong = energy > max((10 * case.floor) ** 2 / energy.size, 1e-9 * energy.max())
+    if wrong.mean() < 0.1 and case.hit is None:
+        text = (
+            f"{int(wrong.sum())} of {wrong.size} elements are wrong, scattered over all tokens and channels"
+        )
+        yield "scattered", float(energy[wrong].sum() / energy.sum()), text, "structure", 11
 
 
 def _tokens_hit(case: Any, rows: np.ndarray) -> Found:
@@ -249,7 +300,8 @@ def _tokens_hit(case: Any, rows: np.ndarray) -> Found:
     if list(bad) == [0]:
         yield "first-token", inside, "only the first token is wrong: what it starts from", "structure", 5
     elif bad[0] > 0 and len(bad) >= 0.8 * (tokens - bad[0]):
-        name = "chunk-boundary" if bad[0] % 16 == 0 else "late-tokens"
+        looks_back = case.op is not None and case.op.name in ("conv_output_raw", "attn_output")
+        name = "chunk-boundary" if bad[0] % 16 == 0 and looks_back else "late-tokens"
         yield (
             name,
             inside,
@@ -260,8 +312,10 @@ def _tokens_hit(case: Any, rows: np.ndarray) -> Found:
     elif bad[-1] < tokens - 1 and len(bad) >= 0.8 * (bad[-1] + 1):
         yield "early-tokens", inside, f"only tokens 0 to {bad[-1]} are wrong", "structure", 5
     else:
-        text = f"{len(bad)} of {tokens} tokens are wrong: {_listed(bad)}"
+        text = f"{len(bad)} of {tokens} tokens are wrong: {listed(bad)}"
         yield "some-tokens", inside, text, "structure", 10
+    if not case.ours.reshape(tokens, -1)[bad].any():
+        yield "zeros", inside, f"tokens {listed(bad)} of {tokens} are zero", "structure", 2
 
 
 def _channels_hit(case: Any, energy: np.ndarray) -> Found:
@@ -273,12 +327,12 @@ def _channels_hit(case: Any, energy: np.ndarray) -> Found:
         return
     inside = float(columns[bad].sum() / columns.sum())
     if not case.ours.reshape(len(energy), -1)[:, bad].any():
-        yield "zeros", inside, f"{len(bad)} of {width} channels are zero: {_listed(bad)}", "structure", 2
+        yield "zeros", inside, f"{len(bad)} of {width} channels are zero: {listed(bad)}", "structure", 2
     if case.ours.ndim == 3:
         length = case.ours.shape[-1]
         hit = np.unique(bad // length)
         if len(hit) < case.ours.shape[1] and len(bad) > 0.5 * len(hit) * length:
-            text = f"heads {_listed(hit)} of {case.ours.shape[1]} are wrong"
+            text = f"heads {listed(hit)} of {case.ours.shape[1]} are wrong"
             yield "some-heads", inside, text, "structure", 6
             return
     if len(bad) == bad[-1] - bad[0] + 1:
@@ -289,64 +343,9 @@ def _channels_hit(case: Any, energy: np.ndarray) -> Found:
     for period in (16, 32, 64, 128, 256):
         phases = np.unique(bad % period)
         if width % period == 0 and width > period and len(phases) <= period // 2:
-            text = f"channels {_listed(phases)} of every {period} are wrong"
+            text = f"channels {listed(phases)} of every {period} are wrong"
             yield "channel-period", inside, text, "structure", 6
             return
-
-
-def _rotation(case: Any, pair: Any) -> Found:
-    """Rotated queries or keys: the angles that ours shows, fitted on even heads and scored on odd ones."""
-    if case.op is None or case.op.name not in ("Qcur", "Kcur") or case.view is None or case.ours.ndim != 3:
-        return
-    try:
-        x = graph.heads(case.view(f"{case.op.name}_normed"), case.ours.shape[-1])
-    except graph.Missing:
-        return
-    tokens, heads, _ = x.shape
-    half = slice(0, None, 2) if heads > 1 else slice(None)
-    held = slice(1, None, 2) if heads > 1 else slice(None)
-    facts = case.view.facts
-    moved = np.abs(case.ours - x).max(axis=(0, 1)) > 1e-5 * np.abs(x).max()
-    dims = int(np.flatnonzero(moved).max(initial=-1)) + 1
-    for pairs, adjacent in {
-        ((dims + 1) // 2, False),
-        ((dims + 1) // 2, True),
-        (facts.rotary // 2, facts.adjacent),
-    }:
-        if not pairs or tokens < 3:
-            continue
-        angle = fitted_angles(x[:, half], case.ours[:, half], pairs, adjacent)
-        turned = formulas.rotate(x, angle, adjacent=adjacent)
-        left, whole = (case.ours - turned)[:, held], case.residual[:, held]
-        explained = 1 - float((left**2).sum()) / max(float((whole**2).sum()), 1e-300)
-        yield *_angle_story(angle, pairs, adjacent, facts, explained), "structure", 3
-
-
-def _angle_story(
-    angle: np.ndarray, pairs: int, adjacent: bool, facts: Any, explained: float
-) -> tuple[str, float, str]:
-    if adjacent != facts.adjacent:
-        return (
-            "rope-pairing",
-            explained,
-            f"{'neighbouring' if adjacent else 'half-apart'} dims are rotated together",
-        )
-    if 2 * pairs != facts.rotary:
-        return "rope-partial", explained, f"{2 * pairs} dims are rotated instead of {facts.rotary}"
-    turn = np.angle(np.exp(1j * np.diff(angle, axis=0))).mean(axis=0)  # radians a token, for each pair
-    if pairs > 1 and abs(turn[0] - 1) < 1e-3 and 0 < turn[1] < 1:
-        base = turn[1] ** -pairs
-        if facts.rope_base and abs(base / facts.rope_base - 1) > 1e-2:
-            return (
-                "rope-base",
-                explained,
-                f"the angles are those of base {base:.4g} instead of {facts.rope_base:g}",
-            )
-    return (
-        "rope-angle",
-        explained,
-        f"a rotation by other angles: {turn[:3].round(4).tolist()} radians a token",
-    )
 
 
 _LOOKS = (
@@ -361,11 +360,10 @@ _LOOKS = (
     _precision,
     _clip,
     _soft_cap,
+    _token_offset,
+    _copies,
+    _started,
     _part,
-    _rotation,
 )
-
-
-def _listed(values: np.ndarray) -> str:
-    shown = ", ".join(str(int(v)) for v in values[:8])
-    return shown + (", ..." if len(values) > 8 else "")
+# What some tokens, heads or channels may have on their own.
+IN_PART = (_zeros, _gain, _bias, _channel_gain, _shift, _heads, _channels, _precision, _clip, _token_offset)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from scarlet_jax.tools.parity.graph import Missing
+from scarlet_jax.tools.parity.graph import Missing, Op, find
 
 Make = Callable[..., Any]
 
@@ -27,12 +28,67 @@ def other_taps(case: Any, pair: Any, make: Make) -> list[Any]:
         candidate = np.asarray(pair.reference.taps[name], np.float64)
         if candidate.size != case.ours.size or candidate.dtype.kind != "f":
             continue
-        explained = _share(case, candidate.reshape(case.ours.shape))
-        cause = _NAMED.get(frozenset((op, other)), "wrong-tap")
+        explained = case.share(candidate.reshape(case.ours.shape))
+        cause = _NAMED.get(
+            frozenset((op, other)), "wrong-weight" if _both_products(case, other) else "wrong-tap"
+        )
         found.append(
             make(cause, explained, f"ours is the reference's {name}: {explained:.2%}", "structure", 4)
         )
     return found
+
+
+def _both_products(case: Any, other: str) -> bool:
+    """Whether both taps are products of one input: then it is the weight that was exchanged."""
+    found = find(other, case.tap.kind)
+    if case.op is None or found is None or case.view is None:
+        return False
+    return case.op.linear and found.linear and _input(case.view, case.op) == _input(case.view, found)
+
+
+def _input(view: Any, op: Op) -> tuple[str, ...]:
+    probe = view.fresh()
+    with contextlib.suppress(Missing, ValueError):
+        op.run(probe)
+    return tuple(probe.used)
+
+
+def other_sources(case: Any, make: Make) -> list[Any]:
+    """The operation re-run with one of the taps that it reads exchanged for another of its shape."""
+    if case.view is None or case.op is None or case.op.kind == "end" or case.ours.size > 1 << 20:
+        return []
+    found = []
+    for name in dict.fromkeys(n.rpartition("-")[0] for n in _input(case.view, case.op) if "-" in n):
+        wanted = case.view(name)
+        for other in _of_layer(case.view):
+            if other == name or other == case.op.name or other in _same_array(name):
+                continue
+            instead = case.view.before() if other == "before" else case.view(other)
+            if instead.shape != wanted.shape or instead is wanted:
+                continue
+            explained = _with_tap(case, name, instead)
+            word = "the stream before the layer" if other == "before" else other
+            text = f"re-run with {word} in place of {name}: {explained:.2%} explained"
+            found.append(make("wrong-input", explained, text, "swap", 3))
+    return found
+
+
+def _of_layer(view: Any) -> list[str]:
+    layer = str(view.layer)
+    names = (n.rpartition("-") for n in view.run.taps)
+    entering = ["before"] if view.run.before.get(view.layer) in view.run.taps else []
+    return [op for op, _, number in names if number == layer] + entering
+
+
+def _with_tap(case: Any, name: str, instead: np.ndarray) -> float:
+    view = case.view.fresh()
+    view.replace(name, instead)
+    try:
+        with np.errstate(all="ignore"):
+            value = np.asarray(case.op.run(view), np.float64)
+    except (Missing, ValueError, IndexError):
+        return 0.0
+    return case.share(value.reshape(case.ours.shape)) if value.size == case.ours.size else 0.0
 
 
 def _same_array(op: str) -> tuple[str, ...]:
@@ -123,7 +179,7 @@ def _rerun(case: Any, stem: str, weight: np.ndarray) -> float:
         return 0.0
     finally:
         del view.weight
-    return _share(case, value.reshape(case.ours.shape)) if value.size == case.ours.size else 0.0
+    return case.share(value.reshape(case.ours.shape)) if value.size == case.ours.size else 0.0
 
 
 def other_inputs(case: Any, make: Make) -> list[Any]:
@@ -160,10 +216,18 @@ def _head_orders(dim: int, facts: Any) -> Iterator[tuple[str, Callable[[int], np
 
     yield "grouped for tiled", of(lambda n: regroup(facts.key_heads)(n))
     yield "tiled for grouped", of(lambda n: regroup(n // facts.key_heads)(n) if facts.key_heads else None)
+    yield "laid out head-minor", lambda n: _minor(n, dim)
+    yield "laid out head-major for head-minor", lambda n: _minor(n, n // dim)
     yield "one late", of(lambda n: np.roll(np.arange(n), 1))
     yield "one early", of(lambda n: np.roll(np.arange(n), -1))
     yield "reversed", of(lambda n: np.arange(n)[::-1])
     yield "halves swapped", of(lambda n: np.roll(np.arange(n), n // 2))
+
+
+def _minor(width: int, dim: int) -> np.ndarray | None:
+    return (
+        np.arange(width).reshape(-1, dim).T.ravel() if dim > 1 and width % dim == 0 and width > dim else None
+    )
 
 
 def _reordered(case: Any, order: Callable[[int], np.ndarray | None]) -> float | None:
@@ -182,10 +246,4 @@ def _reordered(case: Any, order: Callable[[int], np.ndarray | None]) -> float | 
         return None
     finally:
         del view.linear
-    return _share(case, value.reshape(case.ours.shape)) if any(applied) else None
-
-
-def _share(case: Any, candidate: np.ndarray) -> float:
-    energy = float((case.residual**2).sum())
-    left = float(((case.ours - candidate) ** 2).sum())
-    return 1.0 - max(0.0, left - case.floor**2) / energy if energy and np.isfinite(left) else 0.0
+    return case.share(value.reshape(case.ours.shape)) if any(applied) else None

@@ -196,23 +196,17 @@ def best_factor(taps: Sequence[Tap], prefer: str = "") -> tuple[Factor | None, f
     return best[2:]
 
 
+_CLOSE = ("delta-rule", "l2-norm", "rope", "qk-norm", "attention", "gate-split", "conv-split", "conv-state")
+
+
+def family(tap: Tap) -> str:
+    """The operation that a tap is a view or a half of."""
+    names = {tap.op, f"{tap.op}:{tap.kind.split()[0]}"}
+    return next((f for f in _CLOSE if names & set(FAMILIES[f])), tap.op)
+
+
 def places(taps: Sequence[Tap]) -> int:
     """Broken operations counted as a person would: views and halves of one operation in one layer are one."""
-
-    def family(tap: Tap) -> str:
-        names = (tap.op, f"{tap.op}:{tap.kind.split()[0]}")
-        close = (
-            "delta-rule",
-            "l2-norm",
-            "rope",
-            "qk-norm",
-            "attention",
-            "gate-split",
-            "conv-split",
-            "conv-state",
-        )
-        return next((f for f in close if set(names) & set(FAMILIES[f])), tap.op)
-
     return len({(family(t), t.layer) for t in taps if t.broken and not t.alias})
 
 

@@ -125,6 +125,10 @@ class LayerView:
                 self._known[name] = self._compute(name)
         return self._known[name]
 
+    def replace(self, name: str, value: np.ndarray) -> None:
+        """Let every reader of `name` get `value`."""
+        self._known[name] = value
+
     def _compute(self, name: str) -> np.ndarray:
         op = find(name, self.kind)
         if op is None or name in self._stack:

@@ -1,0 +1,279 @@
+"""Misreadings with something in them that only our output tells: which head, which rows, how large an eps.
+
+A guess looks at a `Case` and yields a label, the output that it expects, and the rows to be scored on where what it
+fitted is more than a few integers. Which guesses an operation gets depends on its form: a norm, a softmax, a
+product, a rotation, something that looks back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from scarlet_jax.tools.parity import formulas as f
+from scarlet_jax.tools.parity.case import Case, Hypothesis, listed
+from scarlet_jax.tools.parity.graph import Missing, flat
+
+Guess = tuple[str, np.ndarray] | tuple[str, np.ndarray, Any]
+Guesses = Callable[[Case], Iterator[Guess]]
+
+GUESSES: dict[str, list[Guesses]] = {}
+_FAILURES = (
+    Missing,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    ZeroDivisionError,
+    np.linalg.LinAlgError,
+)
+
+
+# Names that fit much: they stand back where a plainer one fits as well.
+_VAGUE = {"softmax-normalisation": 4, "activation": 5, "rope-angle": 6, "state-reset": 4}
+
+
+def of(*ops: str) -> Callable[[Guesses], Guesses]:
+    """Register a guess for the operations named; a kind after a colon limits it to layers of that kind."""
+
+    def register(guess: Guesses) -> Guesses:
+        for op in ops:
+            GUESSES.setdefault(op, []).append(guess)
+        return guess
+
+    return register
+
+
+def hypotheses(case: Case) -> list[Hypothesis]:
+    """All guesses at a case."""
+    if case.op is None or case.view is None or not np.isfinite(case.ours).all():
+        return []
+    looks = [*GUESSES.get(case.op.name, ()), *GUESSES.get(f"{case.op.name}:{case.op.kind}", ())]
+    if case.op.normed is not None:
+        looks += [_denominator, _few_channels]
+    if case.op.pointwise is not None:
+        looks.append(_other_function)
+    found = []
+    for look in looks:
+        try:
+            with np.errstate(all="ignore"):
+                found += [_scored(case, *guess) for guess in look(case)]
+        except _FAILURES:
+            continue
+    return found
+
+
+def _scored(case: Case, label: str, candidate: np.ndarray, rows: Any = slice(None)) -> Hypothesis:
+    candidate = np.asarray(candidate, np.float64).reshape(case.ours.shape)
+    explained = case.share(candidate, rows)
+    name, _, text = label.partition(", ")
+    return Hypothesis(
+        name, explained, f"{text or name}: {explained:.2%} explained", "variant", _VAGUE.get(name, 1)
+    )
+
+
+def per_group(case: Case, candidates: list[np.ndarray], axis: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """For each head (axis 1 of the arrays (T, N, ...)) the candidate that fits ours best; which, and all together."""
+    stack = np.stack(candidates)
+    ours = case.ours.reshape(stack.shape[1:])
+    others = tuple(a for a in range(ours.ndim) if a != axis)
+    chosen = ((stack - ours) ** 2).sum(axis=tuple(a + 1 for a in others)).argmin(axis=0)
+    best = np.stack([np.take(stack[c], n, axis=axis) for n, c in enumerate(chosen)], axis=axis)
+    return chosen, best
+
+
+# --- norms: out = factor * x / sqrt(c sum(x^2) + eps) -----------------------------------------------------------
+
+
+def _scale(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, factor, and 1/scale^2 of each row of x as our output shows it."""
+    x, factor = case.op.normed(case.view)
+    full = np.broadcast_to(factor, x.shape)
+    unscaled, ours = x * full, case.ours.reshape(x.shape)
+    scale = (ours * unscaled).sum(-1) / np.maximum((unscaled**2).sum(-1), 1e-300)
+    return x, full, 1 / np.maximum(scale**2, 1e-300)
+
+
+def _denominator(case: Case) -> Iterator[Guess]:
+    """Another eps, or another multiple of the sum of squares."""
+    x, factor, inverse = _scale(case)
+    energy = (x * x).sum(-1)
+    rows = np.stack([energy.ravel(), np.ones(energy.size)], axis=1) / inverse.ravel()[:, None]
+    (c, eps), *_ = np.linalg.lstsq(rows, np.ones(energy.size), rcond=None)
+    candidate = factor * x / np.sqrt(c * energy + eps)[..., None]
+    n = x.shape[-1]
+    usual = min((1.0, 1 / n), key=lambda known: abs(np.log(abs(c) / known)))
+    if abs(c / usual - 1) < 1e-3:
+        yield f"eps, an eps of {eps:.3g} instead of {case.view.facts.eps:g}", candidate
+    elif abs(c * (n - 1) - 1) < 1e-3:
+        yield f"sum-for-mean, a mean over {n - 1} instead of {n}", candidate
+
+
+def _few_channels(case: Case) -> Iterator[Guess]:
+    """The sum of squares over the first channels only, divided by all or by their number."""
+    x, factor, inverse = _scale(case)
+    n, right = x.shape[-1], f.rms(x[:1], 0.0)
+    mean = float((right**2).sum(-1).flat[0]) > 1.5
+    sums = np.cumsum(x * x, axis=-1)[..., :-1]
+    for counted in (False, True) if mean else (False,):
+        divisor = np.arange(1, n) if counted else (n if mean else 1)
+        expected = sums / divisor
+        error = np.median(np.abs(np.log(expected / inverse[..., None])).reshape(-1, n - 1), axis=0)
+        k = int(error.argmin())
+        text = f"norm-axis, the sum of squares over the first {k + 1} of {n} channels only"
+        yield text, factor * x / np.sqrt(expected[..., k] + case.view.facts.eps)[..., None]
+
+
+# --- elementwise functions: out = factor * g(x) ----------------------------------------------------------------
+
+
+def _other_function(case: Case) -> Iterator[Guess]:
+    """Some other function of the same input, read off the even tokens and tried on the odd ones."""
+    x, factor = (np.broadcast_to(part, case.ours.shape) for part in _shaped(case))
+    fit, held = case.halves()
+    usable = np.abs(factor) > 1e-3 * np.abs(factor).max()
+    known, y = x[fit][usable[fit]], (case.ours[fit] / np.where(usable[fit], factor[fit], 1))[usable[fit]]
+    if known.size < 64 or fit == held:
+        return
+    order = np.argsort(known)
+    candidate = factor * np.interp(x, known[order], y[order])
+    at = np.quantile(known, (0.1, 0.5, 0.9))
+    shown = ", ".join(
+        f"g({a:.2g}) = {v:.3g}" for a, v in zip(at, np.interp(at, known[order], y[order]), strict=True)
+    )
+    yield f"activation, another function of the same input: {shown}", candidate, held
+
+
+def _shaped(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    x, factor = case.op.pointwise(case.view)
+    return x.reshape(case.ours.shape), np.broadcast_to(factor, x.shape).reshape(case.ours.shape)
+
+
+# --- softmax: out = exp(scores) over their sum -----------------------------------------------------------------
+
+
+@of("kq_soft_max", "ffn_moe_probs")
+def _temperature(case: Case) -> Iterator[Guess]:
+    """All scores times one factor."""
+    ours, right = (np.maximum(x, 1e-300) for x in (case.ours, case.right))
+    seen = (case.ours > 1e-20) & (case.right > 1e-20)
+    a, b = (_centred(np.log(x), seen) for x in (ours, right))
+    factor = float((a * b).sum() / max((b * b).sum(), 1e-300))
+    scores = np.where(case.right > 0, factor * np.log(right), -np.inf)
+    yield f"missing-scale, the scores times {factor:.4g}", f.softmax(scores)
+
+
+def _centred(x: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    mean = np.where(seen, x, 0).sum(-1, keepdims=True) / np.maximum(seen.sum(-1, keepdims=True), 1)
+    return np.where(seen, x - mean, 0)
+
+
+@of("kq_soft_max", "ffn_moe_probs")
+def _total(case: Case) -> Iterator[Guess]:
+    """Right but for the number that each row is divided by."""
+    if case.ours.shape[-1] < 4:
+        return
+    half = np.arange(case.ours.shape[-1]) % 2 == 0
+    right, ours = (np.where(half, x, 0).sum(-1, keepdims=True) for x in (case.right, case.ours))
+    total = np.divide(ours, right, out=np.ones_like(ours), where=right > 0)
+    text = f"softmax-normalisation, each row sums to another total, {case.ours.sum(-1).min():.3g} to "
+    yield text + f"{case.ours.sum(-1).max():.3g}", total * case.right
+
+
+# --- tables: out = table[ids] ----------------------------------------------------------------------------------
+
+
+@of("model.input_embed")
+def _other_rows(case: Case) -> Iterator[Guess]:
+    """Wrong rows that are those of other ids."""
+    view = case.view
+    if view.run.given is None or case.hit is None:
+        return
+    table = view.weight("token_embd")
+    wrong = case.hit[0][:64]
+    if table.size > 1 << 26:
+        return
+    ids = np.asarray(view.facts.tokens)[slice(*view.facts.kept)]
+    read = np.array([((table - case.ours[t]) ** 2).sum(axis=1).argmin() for t in wrong])
+    candidate = case.right.copy()
+    candidate[wrong] = table[read]
+    offsets = np.unique(read - ids[wrong])
+    name = (
+        "token-clamp"
+        if len(np.unique(read)) == 1 < len(wrong)
+        else "token-offset"
+        if len(offsets) == 1
+        else "wrong-row"
+    )
+    pairs = ", ".join(f"{a} reads {b}" for a, b in list(zip(ids[wrong], read, strict=True))[:4])
+    yield f"{name}, ids read the rows of others: {pairs}", candidate
+
+
+# --- products: out = x W^T -------------------------------------------------------------------------------------
+
+_INPUTS = 2048  # wider products are not taken apart input by input
+
+
+def inputs_alone(case: Case) -> list[Hypothesis]:
+    """Some inputs of a product left out, counted twice, or taken in another order, read off by least squares."""
+    found: list[Hypothesis] = []
+    if case.op is None or case.view is None or not case.op.linear or not np.isfinite(case.ours).all():
+        return found
+    try:
+        x, w = _operands(case)
+        for guess in (*_missing_inputs(case, x, w), *_permuted_inputs(case, x, w)):
+            found.append(_scored(case, *guess))
+    except _FAILURES:
+        pass
+    return found
+
+
+def _operands(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The product's input (T, in) and weight (out, in)."""
+    seen: list[np.ndarray] = []
+    view, original = case.view.fresh(), case.view.linear
+
+    def linear(stem: str, x: np.ndarray) -> np.ndarray:
+        if stem == case.op.weight:
+            seen.append(x)
+        return original(stem, x)
+
+    view.linear = linear
+    case.op.run(view)
+    x, w = flat(seen[0]), case.view.weight(case.op.weight).astype(np.float64)
+    if w.ndim != 2 or w.shape[1] > _INPUTS or w.shape[1] != x.shape[1]:
+        raise Missing(case.op.weight)
+    return x.astype(np.float64), w
+
+
+def _missing_inputs(case: Case, x: np.ndarray, w: np.ndarray) -> Iterator[Guess]:
+    fit, held = case.halves()
+    residual = case.residual.reshape(len(x), -1)
+    gram = (x[fit].T @ x[fit]) * (w.T @ w)
+    counted, *_ = np.linalg.lstsq(gram, ((x[fit].T @ residual[fit]) * w.T).sum(1), rcond=1e-12)
+    candidate = case.right.reshape(len(x), -1) + (x * counted) @ w.T
+    off = np.flatnonzero(np.abs(counted) > 0.05)
+    if not len(off) or len(off) > 0.5 * len(counted):
+        return
+    gain = float(np.median(counted[off]))
+    name = (
+        "missing-inputs" if abs(gain + 1) < 0.1 else "double-inputs" if abs(gain - 1) < 0.1 else "input-gain"
+    )
+    word = {"missing-inputs": "left out", "double-inputs": "counted twice"}.get(name, "scaled otherwise")
+    yield f"{name}, inputs {listed(off)} of {len(counted)} are {word}", candidate, held
+
+
+def _permuted_inputs(case: Case, x: np.ndarray, w: np.ndarray) -> Iterator[Guess]:
+    from scipy.optimize import linear_sum_assignment
+
+    y = case.ours.reshape(len(x), -1)
+    back = y @ w @ np.linalg.inv(w.T @ w + 1e-3 * np.trace(w.T @ w) / len(w.T) * np.eye(len(w.T)))
+    score = (back.T @ x) / np.maximum(
+        np.linalg.norm(back, axis=0)[:, None] * np.linalg.norm(x, axis=0), 1e-300
+    )
+    order = linear_sum_assignment(-score)[1]
+    if (order == np.arange(len(order))).all():
+        return
+    yield f"input-permutation, inputs are exchanged: 0.. are the right {listed(order)}", x[:, order] @ w.T

@@ -1,0 +1,289 @@
+"""Guesses at attention, rotation, convolution and the delta rule: heads, slots, positions and chunks gone astray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from scarlet_jax.tools.parity import formulas as f
+from scarlet_jax.tools.parity.case import Case, listed
+from scarlet_jax.tools.parity.graph import Missing, heads
+from scarlet_jax.tools.parity.guess import Guess, of, per_group
+from scarlet_jax.tools.parity.ops_attention import all_scores, angles, fitted_angles
+from scarlet_jax.tools.parity.ops_delta import by_chunk, conv_by_chunk, delta, key_heads
+
+_CHUNKS = (8, 16, 32, 64, 128, 256, 512)
+_HEADS = 32  # with more, not every pairing is tried
+
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+
+@of("kq_soft_max")
+def _mask(case: Case) -> Iterator[Guess]:
+    """The right scores, and whatever keys our zeros say that each token sees."""
+    scores = all_scores(case.view) * case.view.facts.head_dim**-0.5
+    seen = case.ours > 0
+    causal = f.causal_mask(scores.shape[0], scores.shape[2])[:, None]
+    if (seen == causal).all():
+        return
+    lost, extra = (int(x.any(axis=1).sum()) for x in (causal & ~seen, seen & ~causal))
+    text = f"mask, {lost} pairs of query and key that should be seen are not, {extra} that should not are"
+    yield text, f.softmax(np.where(seen, scores, -np.inf))
+
+
+@of("kq")
+def _key_heads(case: Case) -> Iterator[Guess]:
+    q, k = (heads(case.view(name), case.view.facts.head_dim) for name in ("Qcur", "Kcur"))
+    if k.shape[1] < 2 or k.shape[1] > _HEADS:
+        return
+    right = case.right != 0
+    all_read = [
+        np.where(right, f.scores(q, k, np.full(q.shape[1], n)), 0).reshape(case.ours.shape)
+        for n in range(k.shape[1])
+    ]
+    chosen, best = per_group(case, all_read)
+    yield f"head-permutation, query heads read key heads {chosen.tolist()}", best
+
+
+@of("kqv", "attn_pregate")
+def _value_heads(case: Case) -> Iterator[Guess]:
+    p, v = case.view("kq_soft_max"), heads(case.view("Vcur"), case.view.facts.head_dim)
+    if v.shape[1] < 2 or v.shape[1] > _HEADS:
+        return
+    mixed = [f.mix(p[:, :, : len(v)], v, np.full(p.shape[1], n)) for n in range(v.shape[1])]
+    chosen, best = per_group(case, mixed)
+    yield f"head-permutation, query heads read value heads {chosen.tolist()}", best
+
+
+@of("kqv", "attn_pregate")
+def _value_slots(case: Case) -> Iterator[Guess]:
+    """Each value slot with a weight of its own: those of -1 are missing from the cache."""
+    p, v = case.view("kq_soft_max"), heads(case.view("Vcur"), case.view.facts.head_dim)
+    slots, ours = min(p.shape[2], len(v)), case.residual.reshape(len(p), p.shape[1], -1)
+    if slots > 512:
+        return
+    read = np.arange(p.shape[1]) // (p.shape[1] // v.shape[1])
+    gram, right = np.zeros((slots, slots)), np.zeros(slots)
+    for n, k in enumerate(read):
+        a, b = p[:, n, :slots], v[:slots, k]
+        gram += (a.T @ a) * (b @ b.T)
+        right += ((a.T @ ours[:, n]) * b).sum(1)
+    weight, *_ = np.linalg.lstsq(gram, right, rcond=1e-12)
+    off = np.flatnonzero(np.abs(weight) > 0.05)
+    if not 0 < len(off) < 0.5 * slots:
+        return
+    candidate = case.right.reshape(ours.shape) + f.mix(p[:, :, :slots] * weight, v[:slots], read)
+    yield f"kv-cache, values of slots {listed(off)} count {weight[off[0]]:+.2f} too often", candidate
+
+
+# --- rotation --------------------------------------------------------------------------------------------------
+
+
+@of("Qcur", "Kcur")
+def _positions(case: Case) -> Iterator[Guess]:
+    """The right frequencies at other positions: the integer that fits each token's angles best."""
+    x, facts = heads(case.view(f"{case.op.name}_normed"), case.view.facts.head_dim), case.view.facts
+    turn = angles(case.view, 2)
+    turn = turn[1] - turn[0]
+    pairs, tokens = facts.rotary // 2, len(x)
+    seen = fitted_angles(x, case.ours, pairs, facts.adjacent)
+    tried = np.arange(-2 - tokens, 2 * tokens + 3)
+    error = np.abs(np.exp(1j * seen)[:, None] - np.exp(1j * tried[:, None] * turn)).sum(-1)
+    position = tried[error.argmin(axis=1)]
+    expected = np.arange(facts.first_position, facts.first_position + tokens)
+    off = np.flatnonzero(position != expected)
+    if not len(off) or (len(off) > 1 and len(np.unique(position)) < 2 and not position.any()):
+        return
+    text = f"tokens {listed(off)} are at positions {listed(position[off])}"
+    yield f"position-shift, {text}", f.rotate(x, position[:, None] * turn, adjacent=facts.adjacent)
+
+
+@of("Qcur", "Kcur")
+def _still_pairs(case: Case) -> Iterator[Guess]:
+    """Some pairs not turned at all: sections of positions that were never filled."""
+    x, facts = heads(case.view(f"{case.op.name}_normed"), case.view.facts.head_dim), case.view.facts
+    right = angles(case.view, len(x))
+    seen = fitted_angles(x, case.ours, facts.rotary // 2, facts.adjacent)
+    still = (np.abs(np.sin(seen / 2)) < 1e-4).all(axis=0) & (np.abs(right[-1]) > 1e-3)
+    if not still.any() or still.all():
+        return
+    text = f"rope-sections, pairs {listed(np.flatnonzero(still))} of {len(still)} are not turned"
+    yield text, f.rotate(x, np.where(still, 0, right), adjacent=facts.adjacent)
+
+
+@of("Qcur", "Kcur")
+def _angles(case: Case) -> Iterator[Guess]:
+    """Other angles: fitted on even heads and scored on odd ones."""
+    x, facts = heads(case.view(f"{case.op.name}_normed"), case.ours.shape[-1]), case.view.facts
+    tokens, count, _ = x.shape
+    fit = slice(0, None, 2) if count > 1 else slice(None)
+    held = (slice(None), slice(1, None, 2) if count > 1 else slice(None))
+    moved = np.abs(case.ours - x).max(axis=(0, 1)) > 1e-5 * np.abs(x).max()
+    dims = int(np.flatnonzero(moved).max(initial=-1)) + 1
+    half = (dims + 1) // 2
+    for pairs, adjacent in {(half, False), (half, True), (facts.rotary // 2, facts.adjacent)}:
+        if pairs and tokens >= 3:
+            angle = fitted_angles(x[:, fit], case.ours[:, fit], pairs, adjacent)
+            yield _angle_story(angle, pairs, adjacent, facts), f.rotate(x, angle, adjacent=adjacent), held
+
+
+def _angle_story(angle: np.ndarray, pairs: int, adjacent: bool, facts: Any) -> str:
+    if adjacent != facts.adjacent:
+        return f"rope-pairing, {'neighbouring' if adjacent else 'half-apart'} dims are rotated together"
+    if 2 * pairs != facts.rotary:
+        return f"rope-partial, {2 * pairs} dims are rotated instead of {facts.rotary}"
+    turn = np.angle(np.exp(1j * np.diff(angle, axis=0)).mean(axis=0))  # radians a token, for each pair
+    base = _base_of(turn)
+    if base and facts.rope_base and abs(base / facts.rope_base - 1) > 1e-2:
+        return f"rope-base, the angles are those of base {base:.4g} instead of {facts.rope_base:g}"
+    return f"rope-angle, a rotation by other angles: {turn[:3].round(4).tolist()} radians a token"
+
+
+def _base_of(turn: np.ndarray) -> float:
+    """The base whose powers all pairs turn by; 0 for none."""
+    pairs = len(turn)
+    if pairs < 2 or abs(turn[0] - 1) > 1e-3 or not (turn > 0).all():
+        return 0.0
+    base = turn[1] ** -pairs
+    expected = base ** (-np.arange(pairs) / pairs)
+    return float(base) if (np.abs(turn - expected) < 0.05 * expected + 1e-4).all() else 0.0
+
+
+# --- what looks back: convolution and delta rule ---------------------------------------------------------------
+
+
+def _boundaries(case: Case) -> list[tuple[int, int]]:
+    """(first, period) of chunks that could have gone wrong: at the first wrong token, alone or again and again."""
+    first = int(case.hit[0][0]) if case.hit is not None else 0
+    tokens = len(case.view("conv_output_silu")) if case.op.name == "new_state" else len(case.ours)
+    return ([(first, tokens)] if first else []) + [(n, n) for n in _CHUNKS if n < tokens and first in (0, n)]
+
+
+_CARRIED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "lost": lambda past: 0 * past,
+    "reversed": lambda past: past[::-1],
+    "one token late": lambda past: np.concatenate([0 * past[:1], past[:-1]]),
+    "one token early": lambda past: np.concatenate([past[1:], past[-1:]]),
+    "the last token repeated": lambda past: np.repeat(past[-1:], len(past), 0),
+}
+
+
+@of("conv_output_raw")
+def _conv_history(case: Case) -> Iterator[Guess]:
+    """The convolution's history mistreated where a chunk ends."""
+    for first, period in _boundaries(case):
+        for label, carry in _CARRIED.items():
+            text = f"chunk-boundary, from token {first} on the history of every chunk is {label}"
+            yield text, conv_by_chunk(case.view, carry, first, period)
+        yield (
+            f"chunk-boundary, from token {first} on the history of every chunk is one token older",
+            conv_by_chunk(case.view, None, first, period),
+        )
+
+
+@of("attn_output:ssm", "new_state:ssm")
+def _state_at_chunks(case: Case) -> Iterator[Guess]:
+    out = int(case.op.name == "new_state")
+    changes = {
+        "lost": lambda s: 0 * s,
+        "transposed": lambda s: np.swapaxes(s, -1, -2),
+        "halved": lambda s: s / 2,
+    }
+    for first, period in _boundaries(case):
+        for label, carry in changes.items():
+            text = f"chunk-boundary, from token {first} on the state is {label} between chunks of {period}"
+            yield text, by_chunk(case.view, out, carry, period, first)
+
+
+@of("attn_output:ssm")
+def _state_jump(case: Case) -> Iterator[Guess]:
+    """The state changed once, before the first wrong token, by what the tokens after it show."""
+    start = int(case.hit[0][0]) if case.hit is not None else 0
+    q, k, g, beta = key_heads(case.view)
+    hv, dk = q.shape[1:]
+    walk = np.broadcast_to(np.eye(dk), (hv, dk, dk)).copy()
+    seen = []
+    for t in range(start, len(q)):
+        walk = np.exp(g[t])[:, None, None] * (
+            walk - beta[t][:, None, None] * np.matmul(walk, k[t][:, :, None]) * k[t][:, None, :]
+        )
+        seen.append(np.matmul(walk, q[t][:, :, None])[..., 0])
+    seen = np.stack(seen, axis=1)  # (Hv, T', Dk)
+    residual = case.residual.reshape(len(q), hv, -1)[start:].transpose(1, 0, 2)
+    fitted = np.linalg.pinv(seen[:, ::2], rcond=1e-6) @ residual[:, ::2]
+    candidate = case.right.reshape(len(q), hv, -1).copy()
+    candidate[start:] += (seen @ fitted).transpose(1, 0, 2)
+    name = "chunk-boundary" if start else "state-reset"
+    text = f"{name}, the state before token {start} is another; all that follows, follows from that"
+    yield text, candidate, slice(start + 1, None, 2)
+
+
+@of("attn_output:ssm", "new_state:ssm")
+def _other_heads(case: Case) -> Iterator[Guess]:
+    """Each value head with the key head, decay or write strength of the head that fits best."""
+    out = int(case.op.name == "new_state")
+    axis = 0 if out else 1
+    count, keys = case.view("v_conv_predelta").shape[1], case.view("k_conv_predelta").shape[1]
+    if count > _HEADS or case.ours.size > 1 << 20:
+        return
+    tries = {
+        "head-permutation, value heads read key heads {}": (keys, lambda n: {"read": np.full(count, n)}),
+        "decay, value heads decay as heads {}": (count, lambda n: {"g": _same_for_all(n)}),
+        "missing-beta, value heads write as heads {}": (count, lambda n: {"beta": _same_for_all(n)}),
+    }
+    for text, (choices, twist) in tries.items():
+        if choices > 1:
+            chosen, best = per_group(
+                case, [delta(case.view, out=out, **twist(n)) for n in range(choices)], axis
+            )
+            yield text.format(chosen.tolist()), best
+
+
+def _same_for_all(n: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: np.repeat(x[:, n : n + 1], x.shape[1], axis=1)
+
+
+@of("final_output:ssm")
+def _other_gate_heads(case: Case) -> Iterator[Guess]:
+    """The right norm, gated by other heads' gates."""
+    x, factor = case.op.normed(case.view)
+    if x.shape[1] > _HEADS:
+        return
+    normed, turned = f.rms(x, case.view.facts.eps), [np.roll(factor, n, axis=1) for n in range(x.shape[1])]
+    chosen, best = per_group(case, [normed * factor for factor in turned])
+    yield (
+        f"head-permutation, gates come from the head {chosen.tolist()} before",
+        best.reshape(case.ours.shape),
+    )
+
+
+# --- experts ---------------------------------------------------------------------------------------------------
+
+
+@of("ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
+def _other_experts(case: Case) -> Iterator[Guess]:
+    """For each expert that was asked, the one whose weights our output shows."""
+    view, stem = case.view, case.op.weight
+    chosen = np.rint(view("ffn_moe_topk")).astype(np.int64)
+    x = (
+        view("ffn_moe_swiglu")
+        if "down" in stem
+        else np.repeat(view("attn_post_norm").reshape(len(chosen), 1, -1), chosen.shape[1], 1)
+    )
+    used, count = np.unique(chosen), int(view("ffn_moe_probs").shape[-1])
+    if count > _HEADS:
+        raise Missing("few experts")
+    rows, asked, ours = x.reshape(-1, x.shape[-1]), chosen.ravel(), case.ours.reshape(chosen.size, -1)
+    candidate, found = np.empty_like(ours), {}
+    for expert in used:
+        at = asked == expert
+        made = [view.expert(stem, other, rows[at]) for other in range(count)]
+        best = int(np.argmin([((y - ours[at]) ** 2).sum() for y in made]))
+        candidate[at] = made[best]
+        found |= {int(expert): best} if best != expert else {}
+    if found:
+        text = ", ".join(f"{a} computes with {b}'s weights" for a, b in list(found.items())[:4])
+        yield f"expert-permutation, expert {text}", candidate
