@@ -304,12 +304,15 @@ class Model:
 
         return Tokenizer.from_gguf(self.gguf)
 
-    def forward(self, tokens: Any, state: State | None = None) -> tuple[Array, State]:
+    def forward(
+        self, tokens: Any, state: State | None = None, *, consume: bool = False
+    ) -> tuple[Array, State]:
         """Logits after every token, f32 (T, V), or (B, T, V) for several sequences, and the state.
 
-        Rows past the end of a shorter sequence are undefined.
+        Rows past the end of a shorter sequence are undefined. With `consume` the buffers of `state` are reused,
+        which spares a copy of the cache; it is gone after.
         """
-        own = state is None  # nobody else holds it: its buffers may be reused
+        own = state is None or consume  # nobody else holds it: its buffers may be reused
         batch, state = self._enter(tokens, state)
         logits = []
         for piece in batch.pieces():
@@ -324,7 +327,7 @@ class Model:
     ) -> tuple[Array, State]:
         """Logits after the last token only, f32 (V,) or (B, V), and the state: what generation needs.
 
-        With `consume` the buffers of `state` are reused, which spares a copy of the cache; it is gone after.
+        `consume` as in `forward`.
         """
         own = state is None or consume
         batch, state = self._enter(tokens, state)

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-p", "--prompt-tokens", metavar="P", type=int, default=512, help="tokens of prompt (512)")
     add("-n", "--new-tokens", metavar="N", type=int, default=64, help="tokens to decode after it (64)")
+    add("--draft", metavar="D", type=int, default=4, help="tokens of a step that verifies a draft (4)")
     add("--against", choices=("llama.cpp",), help="another engine, in alternation with ours")
     add("--lib", metavar="PATH", help="the libllama to compare with (that of the xllamacpp package)")
     add("--repeat", metavar="R", type=int, default=5, help="repetitions, after one that does not count (5)")
@@ -51,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Engine(Protocol):
-    """What is timed: a prompt of P tokens, then tokens one by one, each chosen greedily from the logits."""
+    """What is timed: a prompt of P tokens, tokens one by one, each chosen greedily from the logits, and steps of
+    several tokens whose logits are all wanted, as when a draft is verified.
+    """  # noqa: D205
 
     def prefill(self, tokens: Sequence[int]) -> int:
         """Start over with these tokens -> the next one."""
@@ -61,6 +64,10 @@ class Engine(Protocol):
         """Go on with one token -> the next one."""
         ...
 
+    def verify(self, tokens: Sequence[int]) -> None:
+        """Go on with some tokens at once, to the logits of each."""
+        ...
+
 
 class Ours:
     """Our engine as `generate` runs it: state in place, the choice on the device."""
@@ -68,6 +75,7 @@ class Ours:
     def __init__(self, model: Model, slots: int) -> None:
         self._model, self._slots = model, slots
         self._best = jax.jit(jnp.argmax)
+        self._best_each = jax.jit(lambda logits: jnp.argmax(logits, axis=-1))
         self._state: Any = None
 
     def prefill(self, tokens: Sequence[int]) -> int:
@@ -81,6 +89,11 @@ class Ours:
         """Go on."""
         logits, self._state = self._model.last_logits([token], self._state, consume=True)
         return int(self._best(logits))
+
+    def verify(self, tokens: Sequence[int]) -> None:
+        """Go on, the choices on the device."""
+        logits, self._state = self._model.forward(tokens, self._state, consume=True)
+        self._best_each(logits).block_until_ready()
 
 
 class LlamaCpp:
@@ -103,10 +116,16 @@ class LlamaCpp:
         """Go on."""
         return int(self._engine.decode([token], last=True)[0].argmax())
 
+    def verify(self, tokens: Sequence[int]) -> None:
+        """Go on."""
+        self._engine.decode(tokens).argmax(axis=-1)
+
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    for flag, value in (("-p", args.prompt_tokens), ("-n", args.new_tokens), ("--repeat", args.repeat)):
+    counts = (("-p", "prompt_tokens"), ("-n", "new_tokens"), ("--draft", "draft"), ("--repeat", "repeat"))
+    for flag, name in counts:
+        value = getattr(args, name)
         if value < 1:
             raise BadInput(f"{flag} {value}: expected 1 or more")
     result = measure(args)
@@ -118,14 +137,14 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of contract: ours at the top, the other engine's under `reference`."""
-    slots = args.prompt_tokens + args.new_tokens
+    slots = args.prompt_tokens + args.new_tokens * (1 + args.draft)
     ours: dict[str, Any] = _fresh_process(hub.resolve(args.model))
     began = time.perf_counter()
     model = common.load_model(args)
     ours["load_s"] = time.perf_counter() - began
     if slots > model.context_length:
         raise BadInput(
-            f"-p and -n: {slots} tokens in all, expected at most the context, {model.context_length}"
+            f"-p, -n and --draft: {slots} tokens in all, expected at most the context, {model.context_length}"
         )
     engines: list[Engine] = [Ours(model, slots)]
     reference: dict[str, Any] = {}
@@ -137,21 +156,25 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     prompt = np.random.default_rng(0).integers(0, model.config.vocabulary_size, args.prompt_tokens).tolist()
     probe = np.ones(PROBE_BYTES, np.uint8)
-    jobs = [*(lambda engine=engine: _times(engine, prompt, args.new_tokens) for engine in engines)]
+    jobs = [
+        *(lambda engine=engine: _times(engine, prompt, args.new_tokens, args.draft) for engine in engines)
+    ]
     times, bandwidth = _alternate(jobs, lambda: _read_bandwidth(probe), args.repeat)
 
     if args.precision != "exact":
         ours["error"] = error_of_precision(model, prompt)
     weight_bytes = weight_bytes_per_token(model)
     for figures, engine_times in zip((ours, reference), times, strict=False):
-        prefill_s, decode_s = (statistics.median(column) for column in zip(*engine_times, strict=True))
+        prefill_s, decode_s, verify_s = map(statistics.median, zip(*engine_times, strict=True))
         figures["prefill_tps"] = args.prompt_tokens / prefill_s
         figures["decode_tps"] = 1 / decode_s
+        figures["draft_ratio"] = verify_s / decode_s
         figures["roofline_fraction"] = weight_bytes / decode_s / bandwidth
     return {
         "model": str(model.gguf.path.name),
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
+        "draft": args.draft,
         "repeat": args.repeat,
         "path": common.compute_path(model),
         "precision": args.precision,
@@ -162,24 +185,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _times(engine: Engine, prompt: list[int], count: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of the median token after it."""
+def _times(engine: Engine, prompt: list[int], count: int, draft: int) -> tuple[float, float, float]:
+    """Seconds of the prompt, of the median token after it, and of the median step of `draft` tokens."""
     began = time.perf_counter()
     token = engine.prefill(prompt)
     prefill_s = time.perf_counter() - began
-    steps = []
+    steps, verified = [], []
     for _ in range(count):
         began = time.perf_counter()
         token = engine.decode(token)
         steps.append(time.perf_counter() - began)
-    return prefill_s, statistics.median(steps)
+    for _ in range(count):
+        began = time.perf_counter()
+        engine.verify([token] * draft)
+        verified.append(time.perf_counter() - began)
+    return prefill_s, statistics.median(steps), statistics.median(verified)
 
 
 def _alternate(
-    jobs: list[Callable[[], tuple[float, float]]], probe: Callable[[], float], repeat: int
-) -> tuple[list[list[tuple[float, float]]], float]:
+    jobs: list[Callable[[], tuple[float, ...]]], probe: Callable[[], float], repeat: int
+) -> tuple[list[list[tuple[float, ...]]], float]:
     """The times of each job over `repeat` turns after a warm-up; the median of the probe between turns."""
-    times: list[list[tuple[float, float]]] = [[] for _ in jobs]
+    times: list[list[tuple[float, ...]]] = [[] for _ in jobs]
     bandwidths = []
     hidden = not sys.stderr.isatty()
     for turn in track(
@@ -244,6 +271,7 @@ def _table(result: dict[str, Any]) -> Table:
     rows = [
         ("prefill_tps", f"prefill of {result['prompt_tokens']}, tokens/s", "{:.1f}"),
         ("decode_tps", "decode, tokens/s", "{:.2f}"),
+        ("draft_ratio", f"a step of {result['draft']}, times a step of one", "{:.2f}"),
         ("roofline_fraction", f"of {result['read_bandwidth'] / 1e9:.1f} GB/s read bandwidth", "{:.0%}"),
         ("load_s", "load, s", "{:.2f}"),
         ("first_token_s", "start to first token, s", "{:.2f}"),

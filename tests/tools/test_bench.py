@@ -8,7 +8,7 @@ from models import PACKABLE, model, path
 from scarlet_jax.ops.cpu import fast
 from scarlet_jax.tools import bench, cli
 
-FIGURES = {"prefill_tps", "decode_tps", "load_s", "roofline_fraction"}
+FIGURES = {"prefill_tps", "decode_tps", "draft_ratio", "load_s", "roofline_fraction"}
 
 
 def test_figures_of_both_engines(tmp_path, capsys):
@@ -43,7 +43,9 @@ def test_a_token_reads_every_weight_but_the_embedding():
     assert bench.weight_bytes_per_token(loaded) == sum(stored.values()) - stored["token_embd.weight"]
 
 
-@pytest.mark.parametrize("flags", [["-p", "0"], ["-n", "-1"], ["--repeat", "0"], ["-p", "4090", "-n", "90"]])
+@pytest.mark.parametrize(
+    "flags", [["-p", "0"], ["-n", "-1"], ["--repeat", "0"], ["--draft", "0"], ["-p", "4090", "-n", "90"]]
+)
 def test_bad_flags(flags, capsys):
     assert cli.main(["bench", str(path(PACKABLE, "Q4_K")), *flags]) == 2
     assert capsys.readouterr().err.startswith("scarlet bench: ")
