@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 from faults import run
 from faults.cases import changed, faulty, model, ours, reference
-from faults.dress import as_logged, log, printed
+from faults.dress import log
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.tools.parity import compare
 from scarlet_jax.tools.parity.logs import RESOLUTION, Sampled, read_log
 from scarlet_jax.tools.parity.readers import read
-
 
 MAINLINE = {}
 IK = {"prefix": "ggml_debug:", "indent": (37, 38, 39)}
