@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from scarlet_jax.config import Arch, Attention, Block, Config, DeltaNet, Dense, Metadata, MoE, Rope
 
@@ -13,8 +14,20 @@ def config(meta: Metadata) -> Config:
     return hybrid(meta, "qwen35", lambda i: Dense(inner_widths[i]))
 
 
-def hybrid(meta: Metadata, arch: str, ffn: Callable[[int], Dense | MoE]) -> Config:
-    """A trunk of delta net and attention layers by the keys under `arch`, with the `ffn` of each block."""
+def hybrid(
+    meta: Metadata,
+    arch: str,
+    ffn: Callable[[int], Dense | MoE],
+    *,
+    rope: Callable[[int], Rope] | None = None,
+    head_mapping: Literal["tile", "repeat"] = "tile",
+    taps: tuple[tuple[str, str], ...] = (),
+) -> Config:
+    """A trunk of delta net and attention layers by the keys under `arch`, with the `ffn` of each block.
+
+    `rope` gives the rotation of heads of so many dims: by default over sections, as Qwen3.5 has it.
+    """
+    rope = rope or (lambda head_dim: _imrope(meta, arch, head_dim))
     eps = meta.number(f"{arch}.attention.layer_norm_rms_epsilon")
     blocks = meta.integer(f"{arch}.block_count")
     trunk = blocks - meta.integer(f"{arch}.nextn_predict_layers", 0)  # block_count includes prediction blocks
@@ -28,8 +41,8 @@ def hybrid(meta: Metadata, arch: str, ffn: Callable[[int], Dense | MoE]) -> Conf
 
     def block(i: int) -> Block:
         if recurrent[i]:
-            return Block(_delta_net(meta, arch, eps), ffn(i), eps)
-        return Block(_attention(meta, arch, eps, heads[i], kv_heads[i]), ffn(i), eps)
+            return Block(_delta_net(meta, arch, eps, head_mapping), ffn(i), eps)
+        return Block(_attention(meta, arch, eps, heads[i], kv_heads[i], rope), ffn(i), eps)
 
     every = tuple(block(i) for i in range(blocks))
     return Config(
@@ -41,6 +54,7 @@ def hybrid(meta: Metadata, arch: str, ffn: Callable[[int], Dense | MoE]) -> Conf
         layer_norm_rms_epsilon=eps,
         blocks=every[:trunk],
         nextn=every[trunk:],
+        taps=taps,
     )
 
 
@@ -54,11 +68,11 @@ def _recurrent_layers(meta: Metadata, arch: str, blocks: int, trunk: int) -> tup
     return tuple(i < trunk and (i + 1) % interval != 0 for i in range(blocks))
 
 
-def _attention(meta: Metadata, arch: str, eps: float, heads: int, kv_heads: int) -> Attention:
+def _attention(
+    meta: Metadata, arch: str, eps: float, heads: int, kv_heads: int, rope: Callable[[int], Rope]
+) -> Attention:
     # No default for the head dim: the format's, width / heads, is wrong for every model of this family.
     head_dim = meta.integer(f"{arch}.attention.key_length")
-    rotary = meta.integer(f"{arch}.rope.dimension_count", head_dim)
-    sections = meta.integers(f"{arch}.rope.dimension_sections", 4)
     meta.require(
         meta.integer(f"{arch}.attention.value_length", head_dim) == head_dim,
         f"{arch}.attention.value_length",
@@ -69,6 +83,12 @@ def _attention(meta: Metadata, arch: str, eps: float, heads: int, kv_heads: int)
         f"{arch}.attention.head_count",
         f"a multiple of {kv_heads} kv heads",
     )
+    return Attention(heads, kv_heads, head_dim, rope(head_dim), eps, gated=True)
+
+
+def _imrope(meta: Metadata, arch: str, head_dim: int) -> Rope:
+    rotary = meta.integer(f"{arch}.rope.dimension_count", head_dim)
+    sections = meta.integers(f"{arch}.rope.dimension_sections", 4)
     meta.require(
         0 < rotary <= head_dim and rotary % 2 == 0,
         f"{arch}.rope.dimension_count",
@@ -83,17 +103,16 @@ def _attention(meta: Metadata, arch: str, eps: float, heads: int, kv_heads: int)
         f"{arch}.rope.scaling.type",
         "no scaling (a factor of 1)",
     )
-    rope = Rope("imrope", rotary, meta.number(f"{arch}.rope.freq_base", 10000.0), sections)
-    return Attention(heads, kv_heads, head_dim, rope, eps, gated=True)
+    return Rope("imrope", rotary, meta.number(f"{arch}.rope.freq_base", 10000.0), sections)
 
 
-def _delta_net(meta: Metadata, arch: str, eps: float) -> DeltaNet:
+def _delta_net(meta: Metadata, arch: str, eps: float, head_mapping: Literal["tile", "repeat"]) -> DeltaNet:
     cfg = DeltaNet(
         conv_kernel=meta.integer(f"{arch}.ssm.conv_kernel"),
         state_size=meta.integer(f"{arch}.ssm.state_size"),
         group_count=meta.integer(f"{arch}.ssm.group_count"),
         time_step_rank=meta.integer(f"{arch}.ssm.time_step_rank"),
-        head_mapping="tile",
+        head_mapping=head_mapping,
         layer_norm_rms_epsilon=eps,
     )
     meta.require(cfg.conv_kernel > 0, f"{arch}.ssm.conv_kernel", "1 or more")

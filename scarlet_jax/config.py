@@ -166,13 +166,16 @@ class Arch:
     """An architecture as data: how its metadata becomes a Config, and what its tensors are called.
 
     `names` gives, for a tensor name within a block as the engine knows it, the file's own where the two
-    differ; `ignored` are patterns of tensor names that a file may hold and no layer needs.
+    differ; `ignored` are patterns of tensor names that a file may hold and no layer needs. `joined` gives,
+    for a mixer's or a network's config, tensors that hold several weights with their rows in an order of the
+    file's own: file name -> weight's name -> its rows.
     """
 
     name: str
     config: Callable[[Metadata], Config]
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    joined: Callable[[Any], Mapping[str, Mapping[str, np.ndarray]]] = lambda _: {}
 
 
 def as_dict(config: Any) -> dict[str, Any]:

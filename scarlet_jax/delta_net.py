@@ -101,9 +101,8 @@ def _mix_by_steps(
     g, beta = _gates(w, x, span)
 
     rule = gated_delta.recurrent if x.shape[1] == 1 else gated_delta.chunked
-    heads = cfg.key_head_of_value_head()
-    q = q[:, :, heads] / math.sqrt(cfg.state_size)
-    o, memory = rule(q, k[:, :, heads], v, g, beta, tap("state_predelta", state.memory))
+    q, k = _by_value_head(q, k, cfg)
+    o, memory = rule(q / math.sqrt(cfg.state_size), k, v, g, beta, tap("state_predelta", state.memory))
     memory = tap("new_state", memory)
 
     y = linear(_gated_norm(w, x, tap("attn_output", o), cfg), w.ssm_out)
@@ -130,6 +129,16 @@ def _split_heads(qkv: Array, cfg: config.DeltaNet) -> tuple[Array, Array, Array]
     q = tap("q_conv_predelta", norm.l2(tap("q_conv", q), eps))
     k = tap("k_conv_predelta", norm.l2(tap("k_conv", k), eps))
     return q, k, tap("v_conv_predelta", v)
+
+
+def _by_value_head(q: Array, k: Array, cfg: config.DeltaNet) -> tuple[Array, Array]:
+    """Queries and keys (B, T, Hk, Dk) that each value head reads, (B, T, Hv, Dk)."""
+    heads = cfg.key_head_of_value_head()
+    q, k = q[:, :, heads], k[:, :, heads]
+    if cfg.head_mapping == "repeat":  # then llama.cpp has no broadcast for it, and shows them repeated
+        tap("k_conv_predelta", k)
+        tap("q_conv_predelta", q)
+    return q, k
 
 
 def _gates(w: Weights, x: Array, span: Span) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from scarlet_jax.types import Weight
 
 XLA_ALIGNMENT = 64  # bytes; XLA:CPU uses host memory in place only where it starts on such a boundary
 FLOATS = ("F32", "F16", "BF16")  # held as plain arrays; every other type stays packed
+
+Rows = slice | np.ndarray  # of a matrix: a view of the file, or row numbers, which cost a copy
 
 
 def load(path: str | Path, **options: Any) -> Model:
@@ -59,9 +62,9 @@ def _block(tensors: _Tensors, index: int, cfg: Block, width: int) -> BlockWeight
     mixer, ffn = MIXERS[type(cfg.mixer)], FEED_FORWARDS[type(cfg.ffn)]
     return BlockWeights(
         attn_norm=tensors.array(f"blk.{index}.attn_norm.weight", (width,)),
-        mixer=tensors.group(f"blk.{index}.", mixer, mixer.shapes(cfg.mixer, width)),
+        mixer=tensors.group(f"blk.{index}.", mixer, cfg.mixer, width),
         post_attention_norm=tensors.array(f"blk.{index}.post_attention_norm.weight", (width,)),
-        ffn=tensors.group(f"blk.{index}.", ffn, ffn.shapes(cfg.ffn, width)),
+        ffn=tensors.group(f"blk.{index}.", ffn, cfg.ffn, width),
     )
 
 
@@ -73,13 +76,15 @@ class _Tensors:
 
     def __init__(self, file: gguf.Gguf, arch: Arch) -> None:
         self._file = file
-        self._names = arch.names
+        self._names, self._joined = arch.names, arch.joined
         self._unused = set(file.tensors)
         self._problems: list[str] = []
 
-    def group(self, prefix: str, module: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
+    def group(self, prefix: str, module: Any, cfg: Any, width: int) -> Any:
         """A mixer's or network's Weights: fields annotated Weight as stored, any others in f32."""
-        taken = self._split_fused(prefix, module.FUSED, shapes)
+        shapes = module.shapes(cfg, width)
+        joined = {**_consecutive(module.FUSED, shapes), **self._joined(cfg)}
+        taken = self._split_joined(prefix, joined, shapes)
         kinds = {field.name: field.type for field in dataclasses.fields(module.Weights)}
         for name, shape in shapes.items():
             stem = name.split(".")[0]
@@ -88,21 +93,18 @@ class _Tensors:
                 taken[stem] = take(prefix + name, shape)
         return module.Weights(**taken)
 
-    def _split_fused(self, prefix: str, fused: dict[str, tuple[str, ...]], shapes: dict) -> dict[str, Weight]:
-        """Weights that the file stores row after row in one tensor, cut apart: rows are whole blocks."""
+    def _split_joined(self, prefix: str, joined: Mapping[str, Any], shapes: dict) -> dict[str, Weight]:
+        """Weights that the file stores in one tensor, cut apart: rows are whole blocks."""
         taken = {}
-        for whole, parts in fused.items():
+        for whole, parts in joined.items():
             if prefix + whole in self._file.tensors:
-                cuts = np.cumsum([0, *(shapes[part][-2] for part in parts)])
-                *experts, _, columns = shapes[parts[0]]
-                shape = (*experts, int(cuts[-1]), columns)
-                for part, start, stop in zip(parts, cuts[:-1], cuts[1:], strict=True):
-                    taken[part.split(".")[0]] = self.weight(prefix + whole, shape, slice(start, stop))
+                *experts, _, columns = shapes[next(iter(parts))]
+                shape = (*experts, sum(shapes[part][-2] for part in parts), columns)
+                for part, rows in parts.items():
+                    taken[part.split(".")[0]] = self.weight(prefix + whole, shape, rows)
         return taken
 
-    def weight(
-        self, name: str, shape: tuple[int, ...], rows: slice = slice(None), biased: bool = True
-    ) -> Any:
+    def weight(self, name: str, shape: tuple[int, ...], rows: Rows = slice(None), biased: bool = True) -> Any:
         """A matrix, or some rows of it, as the file stores it: floats as an array, any other type packed.
 
         A shape of three axes is a stack of experts' matrices, each cut alike. With the scale, or one an expert,
@@ -160,10 +162,22 @@ class _Tensors:
             raise BadInput(f"{self._file.path}: {'; '.join(problems[:8])}{more}")
 
 
+def _consecutive(
+    fused: dict[str, tuple[str, ...]], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, dict[str, Rows]]:
+    """The rows of weights that follow each other in one tensor."""
+    cuts = {whole: np.cumsum([0, *(shapes[part][-2] for part in parts)]) for whole, parts in fused.items()}
+    return {
+        whole: dict(zip(parts, map(slice, cuts[whole][:-1], cuts[whole][1:]), strict=True))
+        for whole, parts in fused.items()
+    }
+
+
 def _place(tensor: gguf.Tensor, view: np.ndarray) -> jax.Array:
     """Hand a view of the memory map to JAX: in place if it can be, else by one copy."""
     placed = jax.device_put(view)
-    if view.ctypes.data % XLA_ALIGNMENT or not view.flags.c_contiguous or placed.device.platform != "cpu":
+    in_place = np.may_share_memory(view, tensor.data) and view.ctypes.data % XLA_ALIGNMENT == 0
+    if not (in_place and view.flags.c_contiguous and placed.device.platform == "cpu"):
         placed.block_until_ready()
         tensor.release()
     return placed

@@ -85,6 +85,23 @@ MOE_SHAPES |= {
     ),
 }  # fmt: skip
 
+# Value heads beside their key head; beta and alpha joined, and in older files all that the convolution takes.
+_GROUPED = dataclasses.replace(
+    _EXPERTS,
+    arch="qwen3next",
+    state_size=40,
+    time_step_rank=8,
+    nextn_predict_layers=0,
+)
+MOE_SHAPES |= {
+    "qwen3next": _GROUPED,
+    "qwen3next-legacy": dataclasses.replace(
+        _GROUPED, legacy_ssm_in=True, state_size=24, group_count=3, time_step_rank=12, conv_kernel=3, tied=True,
+        fused_qkv=True,
+    ),
+    "qwen3next-one-to-one": dataclasses.replace(_GROUPED, group_count=5, time_step_rank=5, fused_gate_up=True),
+}  # fmt: skip
+
 # Rows of a multiple of 256, so that every block format fits.
 PACKABLE = Shape(
     block_count=4, full_attention_interval=2, embedding_length=256, feed_forward_length=512,
@@ -97,6 +114,8 @@ PACKABLE_EXPERTS = dataclasses.replace(
     PACKABLE, arch="qwen35moe", block_count=2, expert_count=6, expert_used_count=2,
     expert_feed_forward_length=256, expert_shared_feed_forward_length=512, feed_forward_length=0,
 )  # fmt: skip
+
+PACKABLE_GROUPED = dataclasses.replace(PACKABLE_EXPERTS, arch="qwen3next", legacy_ssm_in=True)
 
 PACKABLE_PLAIN_EXPERTS = dataclasses.replace(
     PACKABLE_EXPERTS, arch="qwen3moe", dimension_count=64, expert_shared_feed_forward_length=0,

@@ -73,6 +73,7 @@ class Family:
     rope: str  # which dims rotate together, and by which position
     gated: bool = False
     ffn_norm: str = "ffn_norm"
+    grouped: bool = False  # delta net: the value heads of a key head follow each other
     taps: Mapping[str, str] = dataclasses.field(default_factory=dict)  # llama.cpp's names, where not qwen35's
 
 
@@ -83,7 +84,15 @@ _PLAIN_TAPS = {
     "attn_residual": "ffn_inp",
     "attn_post_norm": "ffn_norm",
 }
+_GROUPED_TAPS = {
+    "model.input_embed": "model.embed_tokens",
+    "Qcur_reshaped": "Qcur_view",
+    "gate_reshaped": "gate",
+    "alpha": "a",
+    "beta": "b",
+}
 FAMILIES = {
+    "qwen3next": Family("neox", gated=True, ffn_norm="post_attention_norm", grouped=True, taps=_GROUPED_TAPS),
     "qwen3": Family("neox", taps=_PLAIN_TAPS),
     "qwen3moe": Family("neox", taps=_PLAIN_TAPS),
     "qwen2": Family("neox", taps=_PLAIN_TAPS),
@@ -229,6 +238,11 @@ def kv_head(query_head: np.ndarray, queries: int, kvs: int) -> np.ndarray:
 def key_head(value_head: np.ndarray, keys: int, values: int) -> np.ndarray:
     """The key head that a delta-net value head uses: tiled in GGUF order (section 3)."""
     return value_head % keys
+
+
+def grouped_key_head(value_head: np.ndarray, keys: int, values: int) -> np.ndarray:
+    """The same in qwen3next: consecutive value heads share one (section 3)."""
+    return value_head // (values // keys)
 
 
 def query_and_gate(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -488,7 +502,8 @@ def delta_net(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
     Hk, Hv, W = (model.key(f"ssm.{name}") for name in ("group_count", "time_step_rank", "conv_kernel"))
     Dk, Dv = model.key("ssm.state_size"), model.key("ssm.inner_size") // Hv
 
-    mixed = tap(f"linear_attn_qkv_mixed-{i}", model.linear(f"blk.{i}.attn_qkv", h))
+    mixed, z = project_qkvz(model, h, i)
+    tap(f"linear_attn_qkv_mixed-{i}", mixed)
     tap(f"qkv_mixed_transposed-{i}", mixed)
     before_start = np.zeros((W - 1, mixed.shape[1]))
     padded = tap(f"conv_input-{i}", np.concatenate([before_start, mixed]))
@@ -503,21 +518,50 @@ def delta_net(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
     q = tap(f"q_conv-{i}", q.reshape(T, Hk, Dk))
     k = tap(f"k_conv-{i}", k.reshape(T, Hk, Dk))
     v = tap(f"v_conv_predelta-{i}", v.reshape(T, Hv, Dv))
-    q = tap(f"q_conv_predelta-{i}", l2(q, eps)) * query_scale(Dk)
+    q = tap(f"q_conv_predelta-{i}", l2(q, eps))
     k = tap(f"k_conv_predelta-{i}", l2(k, eps))
+    use = (grouped_key_head if model.family.grouped else key_head)(np.arange(Hv), Hk, Hv)
+    q, k = q[:, use], k[:, use]
+    if model.family.grouped:  # here llama.cpp shows them repeated
+        tap(f"q_conv_predelta-{i}", q)
+        tap(f"k_conv_predelta-{i}", k)
+    q = q * query_scale(Dk)
 
-    alpha = tap(f"alpha-{i}", model.linear(f"blk.{i}.ssm_alpha", h))
+    alpha, beta = project_alpha_beta(model, h, i)
+    tap(f"alpha-{i}", alpha)
     rate = tap(f"a_softplus-{i}", softplus(alpha + weights[f"blk.{i}.ssm_dt.bias"]))
     g = tap(f"gate-{i}", rate * weights[f"blk.{i}.ssm_a"])
-    beta = tap(f"beta-{i}", model.linear(f"blk.{i}.ssm_beta", h)[..., None])
-    beta = tap(f"beta_sigmoid-{i}", sigmoid(beta))[..., 0]
+    tap(f"beta-{i}", beta[..., None])
+    beta = tap(f"beta_sigmoid-{i}", sigmoid(beta)[..., None])[..., 0]
 
-    use = key_head(np.arange(Hv), Hk, Hv)
-    o, states = delta_rule(q[:, use], k[:, use], v, g, beta)
+    o, states = delta_rule(q, k, v, g, beta)
     tap.state(f"state_predelta-{i}", states[tap.start])
     tap.state(f"new_state-{i}", states[T])
     tap(f"attn_output-{i}", o)
-    z = tap(f"z-{i}", model.linear(f"blk.{i}.attn_gate", h))
+    tap(f"z-{i}", z)
     gated = gated_norm(o, weights[f"blk.{i}.ssm_norm.weight"], z.reshape(T, Hv, Dv), eps)
     gated = tap(f"final_output-{i}", gated.reshape(T, Hv * Dv))
     return tap(f"linear_attn_out-{i}", model.linear(f"blk.{i}.ssm_out", gated))
+
+
+def project_qkvz(model: Model, h: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries, keys and values (T, C), and the gate z (T, Hv Dv): two weights, or one by key head (section 3)."""
+    if f"blk.{i}.ssm_in.weight" not in model.weights:
+        return model.linear(f"blk.{i}.attn_qkv", h), model.linear(f"blk.{i}.attn_gate", h)
+    D, values = model.key("ssm.state_size"), model.key("ssm.inner_size") // model.key("ssm.group_count")
+    q, k, v, z = by_key_head(model, model.linear(f"blk.{i}.ssm_in", h), [D, D, values, values])
+    return np.concatenate([q, k, v], axis=-1), z
+
+
+def project_alpha_beta(model: Model, h: np.ndarray, i: int) -> list[np.ndarray]:
+    """Two numbers a value head, each (T, Hv): two weights, or one by key head, beta before alpha (section 3)."""
+    if f"blk.{i}.ssm_ba.weight" not in model.weights:
+        return [model.linear(f"blk.{i}.ssm_{part}", h) for part in ("alpha", "beta")]
+    heads = model.key("ssm.time_step_rank") // model.key("ssm.group_count")
+    return by_key_head(model, model.linear(f"blk.{i}.ssm_ba", h), [heads, heads])[::-1]
+
+
+def by_key_head(model: Model, x: np.ndarray, widths: list[int]) -> list[np.ndarray]:
+    """Parts of those widths, where each key head has its share of every part in x (T, Hk sum(widths))."""
+    groups = x.reshape(len(x), model.key("ssm.group_count"), -1)
+    return [part.reshape(len(x), -1) for part in np.split(groups, np.cumsum(widths)[:-1], axis=-1)]

@@ -41,31 +41,25 @@ def assert_taps_agree(ours, truth, tolerance=TOLERANCE):
 
 
 def ours_named(theirs):
-    """llama.cpp's taps, less fused products (their parts are tapped too) and products before a weight's scale."""
-    fused = re.compile(r"wqkv-|ffn_moe_gate_up-")
+    """llama.cpp's taps, less fused products (their parts are tapped too) and products before a weight's scale.
+
+    The parts of qwen3next's `ssm_in` are tapped when they are in order: as `z`, and the others as `qkv_mixed`.
+    """
+    theirs = {re.sub("^qkv_mixed-", "linear_attn_qkv_mixed-", name): x for name, x in theirs.items()}
+    fused = re.compile(r"wqkv-|ffn_moe_gate_up-|linear_attn_mixed_|(q|k|v|query_flat|key_flat|value_flat)-")
     after_scale = re.compile(r"_s(caled)?-")
     scaled = {after_scale.sub("-", name): x for name, x in theirs.items() if after_scale.search(name)}
     bare = {name: x for name, x in theirs.items() if not after_scale.search(name) and not fused.match(name)}
     return bare | scaled
 
 
-def whole_products(taps):
-    """With a separate `X.scale`, llama.cpp taps `ffn_gate` before it and `ffn_gate_s` after: ours is after.
-
-    Where q, k and v are one tensor, their joint product is tapped too, as `wqkv`: we have its parts.
-    """
-    scaled = {name.replace("_s-", "-"): x for name, x in taps.items() if "_s-" in name}
-    return {
-        name: x for name, x in taps.items() if "_s-" not in name and not name.startswith("wqkv-")
-    } | scaled
-
-
 def visible(ours, truth):
     """Attention scores over the slots that the other engine shows: caches differ in how many are empty.
 
-    And without axes of one (one expert a token), which ggml cannot tell from none.
+    And with the axes of the other: ggml cannot tell axes of one from none, and splits heads here, joins them
+    there.
     """
-    if [n for n in ours.shape if n > 1] == [n for n in truth.shape if n > 1]:
+    if ours.size == truth.size:
         return ours.reshape(truth.shape)
     return ours[..., : truth.shape[-1]] if ours.ndim == truth.ndim else ours
 

@@ -6,9 +6,18 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from models import MOE_SHAPES, PACKABLE_EXPERTS, PACKABLE_PLAIN_EXPERTS, model, path, tokens
+from models import (
+    MOE_SHAPES,
+    PACKABLE_EXPERTS,
+    PACKABLE_GROUPED,
+    PACKABLE_PLAIN_EXPERTS,
+    model,
+    path,
+    tokens,
+)
 from support import relative_l2
 from support_transformers import decoder_logits
+from support_transformers_hybrid import hybrid_logits
 from test_model import TOLERANCE, assert_taps_agree, every_implementation
 
 import scarlet_jax
@@ -62,10 +71,35 @@ def test_logits_against_transformers(shape):
 
 
 @pytest.mark.parametrize(
+    "name", ["experts", "gate-up-fused", "qwen3next", "qwen3next-legacy", "qwen3next-one-to-one"]
+)
+def test_logits_of_hybrids_against_transformers(name):
+    """As above; here transformers, in f32, is itself up to 1.6e-4 from the float64 truth."""
+    shape = MOE_SHAPES[name]
+    ids = tokens(shape, 40)
+    ours, theirs = np.asarray(model(shape).forward(ids)[0]), hybrid_logits(path(shape), ids)
+    truth, _ = oracle.forward(path(shape), ids)
+    assert np.abs(ours - truth).max() < 2e-4
+    assert np.abs(ours - theirs).max() < 2e-4 + np.abs(theirs - truth).max()
+
+
+# Each architecture and each format in the quick run; every pair of them in the slow one.
+QUICK = {("qwen35moe", "Q4_K_M"), ("qwen35moe", "Q5_K_M"), ("qwen35moe", "IQ4_XS"), ("qwen35moe", "MXFP4")}
+QUICK |= {("qwen3moe", "Q6_K"), ("qwen3next", "Q8_0"), ("qwen3next", "Q4_K_M")}
+
+
+@pytest.mark.parametrize(
     ("shape", "quant"),
-    [(PACKABLE_EXPERTS, quant) for quant in ["Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"]]
-    + [(PACKABLE_PLAIN_EXPERTS, quant) for quant in ["Q4_K_M", "Q6_K", "MXFP4"]],
-    ids=lambda value: getattr(value, "arch", value),
+    [
+        pytest.param(
+            shape,
+            quant,
+            marks=[] if (shape.arch, quant) in QUICK else pytest.mark.slow,
+            id=f"{shape.arch}-{quant}",
+        )
+        for shape in (PACKABLE_EXPERTS, PACKABLE_PLAIN_EXPERTS, PACKABLE_GROUPED)
+        for quant in ["Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"]
+    ],
 )
 def test_packed_experts_against_float64(shape, quant):
     """A prompt, then one token: the experts stay packed, whichever kernel takes them."""
@@ -141,6 +175,45 @@ def test_a_fault_in_the_mixture_is_seen(mistake):
     ]
     ours.config = dataclasses.replace(ours.config, blocks=tuple(blocks))
     assert relative_l2(ours.forward(ids)[0], oracle.forward(path(shape), ids)[0]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("mistake", ["tile", "alpha-beta", "key-head"])
+def test_a_fault_in_what_is_grouped_is_seen(mistake, monkeypatch):
+    """Value heads with the wrong key head; beta for alpha; rows of joined tensors in their own order."""
+    shape = MOE_SHAPES["qwen3next-legacy"]
+    ids, arch = tokens(shape, 7), configs.ARCHITECTURES["qwen3next"]
+    cfg = model(shape).config
+
+    def joined(mixer):
+        rows = arch.joined(mixer)
+        if mistake == "key-head":
+            return {whole: _in_order(parts) for whole, parts in rows.items()}
+        if rows:
+            beta, alpha = rows["ssm_ba.weight"].values()
+            rows["ssm_ba.weight"] = {"ssm_beta.weight": alpha, "ssm_alpha.weight": beta}
+        return rows
+
+    if mistake == "tile":
+        ours = scarlet_jax.load(path(shape))
+        blocks = [_tiled(block) for block in cfg.blocks]
+        ours.config = dataclasses.replace(cfg, blocks=tuple(blocks))
+    else:
+        changed = dataclasses.replace(arch, joined=joined)
+        monkeypatch.setitem(configs.ARCHITECTURES, "qwen3next", changed)
+        ours = scarlet_jax.load(path(shape))
+    assert relative_l2(ours.forward(ids)[0], oracle.forward(path(shape), ids)[0]) > 100 * TOLERANCE
+
+
+def _in_order(parts):
+    """The rows of each part one part after the other."""
+    ends = np.cumsum([len(rows) for rows in parts.values()])
+    return {part: np.arange(end - len(parts[part]), end) for part, end in zip(parts, ends, strict=True)}
+
+
+def _tiled(block):
+    if not hasattr(block.mixer, "head_mapping"):
+        return block
+    return dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, head_mapping="tile"))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ class Shape:
     tensor; `scales` adds an `X.scale` tensor to each weight; `nextn_predict_layers` adds prediction blocks
     after the `block_count` trunk layers (the file's own count is their sum). With an `expert_count` the
     feed-forward networks are mixtures of experts, with a shared one if that has a size;
-    `fused_gate_up` stores the experts' gate and up as one tensor. `biases` are the roles that have one;
+    `fused_gate_up` stores the experts' gate and up as one tensor. `legacy_ssm_in` stores a qwen3next delta
+    net's queries, keys, values and gate as one. `biases` are the roles that have one;
     `freq_factors` adds the table that divides llama's rotary frequencies.
     """
 
@@ -75,6 +76,7 @@ class Shape:
     expert_shared_feed_forward_length: int = 0
     fused_gate_up: bool = False
     fused_qkv: bool = False
+    legacy_ssm_in: bool = False
     scales: bool = False
     biases: tuple[str, ...] = ()
     freq_factors: bool = False
@@ -150,6 +152,7 @@ SIZES = {
     ),
     ("llama", "tiny"): Shape(arch="llama", head_count=4, dimension_count=64, tied=False, freq_factors=True),
     ("qwen35moe", "tiny"): _with_experts(Shape(), 16, 4, 256),
+    ("qwen3next", "tiny"): _with_experts(Shape(), 16, 4, 256, arch="qwen3next"),
     ("qwen35moe", "35b-a3b"): _with_experts(_published(40, 2048, 0, 16, 2, 32, tied=False), 256, 8, 512),
     ("qwen35moe", "122b-a10b"): _with_experts(_published(48, 3072, 0, 32, 2, 64, tied=False), 256, 8, 1024),
     ("qwen35moe", "397b-a17b"): _with_experts(_published(60, 4096, 0, 32, 2, 64, tied=False), 512, 10, 1024),
@@ -264,6 +267,18 @@ def _delta_net(s: Shape, out_gain: float) -> Stems:
     }
 
 
+def _grouped_delta_net(s: Shape, out_gain: float) -> Stems:
+    """As qwen3next has it: what is joined is so a key head at a time, which random rows need not know."""
+    stems, width = _delta_net(s, out_gain), s.embedding_length
+    parts = ("attn_qkv", "attn_gate") if s.legacy_ssm_in else ()
+    rows = sum(stems[f"{part}.weight"][0][0] for part in parts)
+    joined: Stems = {"ssm_ba.weight": ((2 * s.time_step_rank, width), _matrix())}
+    joined |= {"ssm_in.weight": ((rows, width), _matrix())} if parts else {}
+    for part in ("ssm_alpha", "ssm_beta", *parts):
+        del stems[f"{part}.weight"]
+    return joined | stems
+
+
 def _dense_ffn(s: Shape, out_gain: float) -> Stems:
     width, inner = s.embedding_length, s.feed_forward_length
     return {
@@ -306,7 +321,9 @@ LOGIT_SPREAD = 3.0  # standard deviation of the logits: about a trained model's
 RESIDUAL = 2.0  # what the residual stream grows to
 
 
-def _qwen35_tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
+def _hybrid_tensors(
+    s: Shape, delta_net: Callable[[Shape, float], Stems] = _delta_net
+) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
     """Every tensor of the file, in its order: name, shape, draw."""
     width = s.embedding_length
     head = _matrix(LOGIT_SPREAD)
@@ -315,7 +332,7 @@ def _qwen35_tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
     out_gain = 2 * RESIDUAL / math.sqrt(2 * s.block_count)
     yield "token_embd.weight", (s.vocab_size, width), head
     for i in range(s.block_count + s.nextn_predict_layers):
-        mixer = _delta_net(s, out_gain) if s.is_recurrent(i) else _attention(s, out_gain)
+        mixer = (delta_net if s.is_recurrent(i) else _attention)(s, out_gain)
         norms = {f"{stem}.weight": ((width,), _around(1.0)) for stem in ("attn_norm", "post_attention_norm")}
         ffn = _moe_ffn(s, out_gain) if s.expert_count else _dense_ffn(s, out_gain)
         extra = _prediction(s) if i >= s.block_count else {}
@@ -326,7 +343,7 @@ def _qwen35_tensors(s: Shape) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
         yield "output.weight", (s.vocab_size, width), head
 
 
-def _qwen35_metadata(s: Shape) -> dict[str, Any]:
+def _hybrid_metadata(s: Shape) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "block_count": s.block_count + s.nextn_predict_layers,
         "context_length": s.context_length,
@@ -354,6 +371,13 @@ def _qwen35_metadata(s: Shape) -> dict[str, Any]:
     else:
         keys["attention.recurrent_layers"] = [s.is_recurrent(i) for i in range(keys["block_count"])]
     return {f"{s.arch}.{key}": value for key, value in (keys | _moe_metadata(s)).items()}
+
+
+def _grouped_metadata(s: Shape) -> dict[str, Any]:
+    """qwen3next knows no sections of positions."""
+    keys = _hybrid_metadata(s)
+    del keys[f"{s.arch}.rope.dimension_sections"]
+    return keys
 
 
 def _moe_metadata(s: Shape) -> dict[str, Any]:
@@ -431,8 +455,9 @@ def _decoder(*, head_norm: bool) -> Arch:
 
 
 ARCHS = {
-    "qwen35": Arch(_qwen35_metadata, _qwen35_tensors),
-    "qwen35moe": Arch(_qwen35_metadata, _qwen35_tensors),
+    "qwen35": Arch(_hybrid_metadata, _hybrid_tensors),
+    "qwen35moe": Arch(_hybrid_metadata, _hybrid_tensors),
+    "qwen3next": Arch(_grouped_metadata, lambda s: _hybrid_tensors(s, _grouped_delta_net)),
     "qwen3": _decoder(head_norm=True),
     "qwen3moe": _decoder(head_norm=True),
     "qwen2": _decoder(head_norm=False),
