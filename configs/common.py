@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from scarlet_jax.config import Arch, Attention, Block, Config, Dense, Metadata, Rope
+from scarlet_jax.config import Arch, Attention, Block, Config, Dense, Metadata, Rope, RopeScaling
 
 # Most architectures: the file's name of the norm before the feed-forward network, and llama.cpp's of activations.
 NAMES = {"post_attention_norm.weight": "ffn_norm.weight"}
@@ -88,13 +88,42 @@ def rope(meta: Metadata, name: str, kind: Literal["norm", "neox"], head_dim: int
         f"{name}.rope.dimension_count",
         f"even and at most {head_dim}",
     )
-    meta.require(
-        meta.string(f"{name}.rope.scaling.type", "none") in ("none", "linear")
-        and meta.number(f"{name}.rope.scaling.factor", 1.0) == 1.0,
-        f"{name}.rope.scaling.type",
-        "no scaling (a factor of 1)",
+    return Rope(
+        kind, rotary, meta.number(f"{name}.rope.freq_base", 10000.0), scaling=rope_scaling(meta, name)
     )
-    return Rope(kind, rotary, meta.number(f"{name}.rope.freq_base", 10000.0))
+
+
+def rope_scaling(meta: Metadata, name: str) -> RopeScaling:
+    """How the rotation is stretched, if it is; what a file does not say as llama.cpp has it.
+
+    The limits of YaRN's ramp, which llama.cpp reads in few architectures, are a file's wherever it has them.
+    """
+    key = f"{name}.rope.scaling"
+    kind = meta.string(f"{key}.type", "linear")
+    meta.require(kind in ("none", "linear", "yarn"), f"{key}.type", "none, linear or yarn")
+    for refused, usual in (("alpha", 0.0), ("yarn_log_multiplier", 0.0), ("yarn_ext_factor", 1.0)):
+        meta.require(
+            meta.number(f"{key}.{refused}", usual) == usual, f"{key}.{refused}", f"{usual}, or absent"
+        )
+    factor = meta.number(f"{key}.factor", meta.number(f"{name}.rope.scale_linear", 1.0)) or 1.0
+    meta.require(factor > 0, f"{key}.factor", "above 0")
+    scaling = RopeScaling(
+        type="yarn" if kind == "yarn" else "linear",
+        factor=1.0 if kind == "none" else factor,
+        original_context_length=meta.integer(
+            f"{key}.original_context_length", meta.integer(f"{name}.context_length")
+        ),
+        attn_factor=meta.number(f"{key}.attn_factor", 1.0),
+        yarn_beta_fast=meta.number(f"{key}.yarn_beta_fast", 32.0),
+        yarn_beta_slow=meta.number(f"{key}.yarn_beta_slow", 1.0),
+    )
+    meta.require(scaling.original_context_length > 0, f"{key}.original_context_length", "1 or more")
+    meta.require(
+        0 < scaling.yarn_beta_slow < scaling.yarn_beta_fast,
+        f"{key}.yarn_beta_slow",
+        "above 0, below yarn_beta_fast",
+    )
+    return scaling
 
 
 def dense(meta: Metadata, name: str, i: int) -> Dense:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from scarlet_jax.config import Arch, Attention, Block, Config, DeltaNet, Dense, Metadata, MoE, Rope
+from scarlet_jax.configs import common
 
 
 def config(meta: Metadata) -> Config:
@@ -97,13 +98,8 @@ def _imrope(meta: Metadata, arch: str, head_dim: int) -> Rope:
     meta.require(
         min(sections) >= 0 and sum(sections) > 0, f"{arch}.rope.dimension_sections", "counts of pairs"
     )
-    meta.require(
-        meta.string(f"{arch}.rope.scaling.type", "none") in ("none", "linear")
-        and meta.number(f"{arch}.rope.scaling.factor", 1.0) == 1.0,
-        f"{arch}.rope.scaling.type",
-        "no scaling (a factor of 1)",
-    )
-    return Rope("imrope", rotary, meta.number(f"{arch}.rope.freq_base", 10000.0), sections)
+    base = meta.number(f"{arch}.rope.freq_base", 10000.0)
+    return Rope("imrope", rotary, base, sections, scaling=common.rope_scaling(meta, arch))
 
 
 def _delta_net(meta: Metadata, arch: str, eps: float, head_mapping: Literal["tile", "repeat"]) -> DeltaNet:

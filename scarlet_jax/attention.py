@@ -79,6 +79,7 @@ def _mix_at_once(
         *(*projected, *norms, _angles(span.positions, cfg.rope), span.start, span.count, state.k, state.v),
         gated=cfg.gated,
         adjacent=cfg.rope.kind == "norm",
+        magnitude=_magnitude(cfg.rope.scaling),
         eps=cfg.layer_norm_rms_epsilon,
     )
     return linear(out, w.attn_output), State(k, v)
@@ -89,13 +90,13 @@ def _mix_by_steps(
 ) -> tuple[Array, State]:
     q, gate = _queries(w, x, cfg)
     angle = _angles(span.positions, cfg.rope)
-    adjacent = cfg.rope.kind == "norm"
-    q = tap("Qcur", rope.rotate(q, angle, adjacent=adjacent))
+    turn = {"adjacent": cfg.rope.kind == "norm", "magnitude": _magnitude(cfg.rope.scaling)}
+    q = tap("Qcur", rope.rotate(q, angle, **turn))
 
     v = tap("Vcur", _heads(tap("Vcur", linear(x, w.attn_v)), cfg.head_count_kv))
     k = _heads(tap("Kcur", linear(x, w.attn_k)), cfg.head_count_kv)
     k = _head_norm(k, w.attn_k_norm, cfg.layer_norm_rms_epsilon, "Kcur_normed")
-    k = tap("Kcur", rope.rotate(k, angle, adjacent=adjacent))
+    k = tap("Kcur", rope.rotate(k, angle, **turn))
     state = _store(state, k, v, span)
 
     products = tap("kq", ops.scores(q, state.k))
@@ -127,9 +128,27 @@ def _head_norm(x: Array, weight: Array | None, eps: float, name: str) -> Array:
 
 
 def _angles(positions: Array, cfg: config.Rope) -> Array:
+    """f32 (B, T, M): what each pair of dims is turned by."""
     frequency = rope.frequencies(cfg.dimension_count, cfg.freq_base, cfg.freq_factors)
+    scaling = cfg.scaling
+    if scaling.type == "yarn":
+        frequency = rope.yarn(
+            frequency,
+            scaling.factor,
+            base=cfg.freq_base,
+            context_length=scaling.original_context_length,
+            beta_fast=scaling.yarn_beta_fast,
+            beta_slow=scaling.yarn_beta_slow,
+        )
+    else:
+        frequency = frequency / scaling.factor
     component = rope.components(cfg.kind, cfg.dimension_sections, len(frequency))
     return rope.angles(positions, frequency, component)
+
+
+def _magnitude(cfg: config.RopeScaling) -> float:
+    """What rotated dims are multiplied by."""
+    return cfg.attn_factor * (rope.yarn_magnitude(cfg.factor) if cfg.type == "yarn" else 1.0)
 
 
 def _store(state: State, k: Array, v: Array, span: Span) -> State:

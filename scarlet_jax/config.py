@@ -14,6 +14,22 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """A rotation stretched by `factor`, to a longer context than the model's training had.
+
+    `linear` divides all frequencies; `yarn` only those that are slow beside `original_context_length` (see
+    `ops.rope.yarn`), and makes what it turns larger. `attn_factor` multiplies what is turned by either.
+    """
+
+    type: Literal["linear", "yarn"] = "linear"
+    factor: float = 1.0
+    original_context_length: int = 0
+    attn_factor: float = 1.0
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of the first `dimension_count` dims of a head; the rest pass through.
 
@@ -27,6 +43,7 @@ class Rope:
     freq_base: float
     dimension_sections: tuple[int, ...] = ()
     freq_factors: tuple[float, ...] = ()
+    scaling: RopeScaling = RopeScaling()
 
 
 @dataclasses.dataclass(frozen=True)

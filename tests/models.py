@@ -61,6 +61,19 @@ DENSE_SHAPES = {
     ),
 }  # fmt: skip
 
+# Rotations stretched to a longer context; YaRN's ramp begins and ends within the pairs.
+_YARN = (("type", "yarn"), ("factor", 4.0), ("original_context_length", 96))
+DENSE_SHAPES |= {
+    "qwen3-yarn": dataclasses.replace(DENSE_SHAPES["qwen3"], block_count=2, rope_scaling=_YARN),
+    "llama-linear": dataclasses.replace(
+        DENSE_SHAPES["llama"], block_count=2, rope_scaling=(("type", "linear"), ("factor", 2.5)),
+    ),
+}  # fmt: skip
+SCALED_ROPE = dataclasses.replace(
+    SHAPES["untied"], block_count=3, dimension_count=32, dimension_sections=(6, 5, 5, 0),
+    rope_scaling=(*_YARN, ("attn_factor", 1.25)),
+)  # fmt: skip
+
 # Experts of every kind: with a shared one of another size, with gate and up in one tensor, with scales.
 _EXPERTS = dataclasses.replace(
     SHAPES["untied"], arch="qwen35moe", block_count=3, expert_count=11, expert_used_count=3,

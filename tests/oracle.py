@@ -454,10 +454,11 @@ def attention(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _
     K = model.key("attention.head_count_kv", N, layer=i)
     rotary = model.key("rope.dimension_count", H)
     sections = model.key("rope.dimension_sections") if model.family.rope == "imrope" else []
-    assert model.key("rope.scaling.factor", 1.0) in (0, 1), "rope scaling is not written here"
-    factors = [model.weights["rope_freqs.weight"]] if "rope_freqs.weight" in model.weights else []
-    rotation = (positions, rotary, sections, model.key("rope.freq_base", 10000.0), *factors)
-    turn = rope_adjacent if model.family.rope == "norm" else rope
+    rotation = (positions, rotary, sections, model.key("rope.freq_base", 10000.0), *divisors(model, rotary))
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        x = (rope_adjacent if model.family.rope == "norm" else rope)(x, *rotation)
+        return x * np.where(np.arange(H) < rotary, rope_magnitude(model), 1)
 
     full, key, value = project_qkv(model, h, i, [(2 if gated else 1) * N * H, K * H, K * H], tap)
     tap(f"Qcur_full-{i}", full)
@@ -465,8 +466,8 @@ def attention(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _
     key, value = key.reshape(T, K, H), tap(f"Vcur-{i}", value.reshape(T, K, H))
 
     tap(f"Qcur_reshaped-{i}", query)
-    query = tap(f"Qcur-{i}", turn(head_norm(model, query, "Q", i, tap), *rotation))
-    key = tap(f"Kcur-{i}", turn(head_norm(model, key, "K", i, tap), *rotation))
+    query = tap(f"Qcur-{i}", turn(head_norm(model, query, "Q", i, tap)))
+    key = tap(f"Kcur-{i}", turn(head_norm(model, key, "K", i, tap)))
 
     read = kv_head(np.arange(N), N, K)
     scores = tap(f"kq-{i}", np.einsum("tnh,snh->tns", query, key[:, read]))
@@ -477,6 +478,38 @@ def attention(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _
         gate = tap(f"gate_reshaped-{i}", gate.reshape(T, N * H))
         heads = tap(f"attn_gated-{i}", heads * tap(f"gate_sigmoid-{i}", sigmoid(gate)))
     return tap(f"attn_output-{i}", model.linear(f"blk.{i}.attn_output", heads))
+
+
+def divisors(model: Model, rotary: int) -> list[np.ndarray]:
+    """What the frequency of each rotary pair is divided by, if by anything: the file's table, and the scaling."""
+    table = [model.weights["rope_freqs.weight"]] if "rope_freqs.weight" in model.weights else []
+    kind, factor = model.key("rope.scaling.type", "linear"), model.key("rope.scaling.factor", 1.0)
+    if kind == "none" or factor in (0, 1):
+        return table
+    kept = yarn_kept(model, rotary) if kind == "yarn" else np.zeros(rotary // 2)
+    scaling = 1 / (kept + (1 - kept) / factor)
+    return [table[0] * scaling] if table else [scaling]
+
+
+def yarn_kept(model: Model, rotary: int) -> np.ndarray:
+    """How much of its own frequency each pair keeps, 0 to 1 (Peng et al., 2023, section 3.2)."""
+    base = model.key("rope.freq_base", 10000.0)
+    context = model.key("rope.scaling.original_context_length", model.key("context_length"))
+    ends = []
+    for turns, whole in (
+        (32.0, np.floor),
+        (1.0, np.ceil),
+    ):  # pair i turns context / (2 pi base^(2i / rotary)) times
+        ends.append(whole(rotary / 2 * np.log(context / (2 * np.pi * turns)) / np.log(base)))
+    first, last = max(ends[0], 0), min(ends[1], rotary - 1)
+    return 1 - np.clip((np.arange(rotary // 2) - first) / max(last - first, 0.001), 0, 1)
+
+
+def rope_magnitude(model: Model) -> float:
+    """What rotated dims are multiplied by: YaRN's "temperature", and the file's own factor."""
+    factor = model.key("rope.scaling.factor", 1.0)
+    yarn = model.key("rope.scaling.type", "linear") == "yarn" and factor > 1
+    return (0.1 * np.log(factor) + 1 if yarn else 1) * model.key("rope.scaling.attn_factor", 1.0)
 
 
 def head_norm(model: Model, x: np.ndarray, which: str, i: int, tap: _Taps) -> np.ndarray:

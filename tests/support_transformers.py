@@ -53,7 +53,7 @@ def _network(source):
         vocab_size=len(source.weights["token_embd.weight"]),
         rms_norm_eps=source.key("attention.layer_norm_rms_epsilon"),
         rope_theta=source.key("rope.freq_base"),
-        rope_parameters={"rope_type": "default", "rope_theta": source.key("rope.freq_base")},
+        rope_parameters={"rope_theta": source.key("rope.freq_base"), **_rope_scaling(source)},
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         tie_word_embeddings="output.weight" not in tensors,
@@ -66,6 +66,16 @@ def _network(source):
         rotary = net.model.rotary_emb
         rotary.inv_freq /= rotary.inv_freq.new_tensor(source.weights["rope_freqs.weight"])
     return net
+
+
+def _rope_scaling(source):
+    """The kind of rotation, and its settings."""
+    factor = source.key("rope.scaling.factor", 1.0)
+    if factor == 1:
+        return {"rope_type": "default"}
+    stretched = {"rope_type": source.key("rope.scaling.type"), "factor": factor}
+    context = source.key("rope.scaling.original_context_length", 0)
+    return stretched | ({"original_max_position_embeddings": context} if context else {})
 
 
 def _experts(source):

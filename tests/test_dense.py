@@ -150,7 +150,13 @@ def test_a_fault_is_seen(mistake):
         ("attention.clamp_kqv", 8.0, "clamped queries"),
         ("nextn_predict_layers", 1, "prediction blocks are not supported"),
         ("attention.causal", False, "true, or absent"),
-        ("rope.scaling.type", "yarn", "no scaling"),
+        ("rope.scaling.type", "longrope", "none, linear or yarn"),
+        ("rope.scaling.alpha", 1000.0, "0.0, or absent"),
+        ("rope.scaling.yarn_log_multiplier", 0.1, "0.0, or absent"),
+        ("rope.scaling.yarn_ext_factor", 0.5, "1.0, or absent"),
+        ("rope.scaling.factor", -2.0, "above 0"),
+        ("rope.scaling.original_context_length", 0, "1 or more"),
+        ("rope.scaling.yarn_beta_slow", 33.0, "above 0, below yarn_beta_fast"),
     ],
 )
 def test_an_unsupported_feature_is_refused_by_name(key, value, expected):

@@ -92,7 +92,7 @@ def test_every_problem_in_one_error():
         ({"qwen35.rope.dimension_sections": [1, 2]}, "dimension_sections"),
         ({"qwen35.rope.dimension_count": 33}, "dimension_count"),
         ({"qwen35.attention.head_count_kv": 3}, "multiple of 3 kv heads"),
-        ({"qwen35.rope.scaling.type": "yarn"}, "no scaling"),
+        ({"qwen35.rope.scaling.type": "longrope"}, "none, linear or yarn"),
         ({"qwen35.embedding_length": "wide"}, "qwen35.embedding_length"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
     ],

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from models import SHAPES, model, path, tokens
+from models import SCALED_ROPE, SHAPES, model, path, tokens
 from support import relative_l2
 
 import scarlet_jax
@@ -285,6 +285,34 @@ def test_logits_against_transformers(shape, count):
     # Logits run to 20 here, and transformers, in f32 as well, is itself up to 3e-4 from the float64 truth.
     assert np.abs(ours - truth).max() < 2e-4
     assert np.abs(ours - theirs).max() < 2e-4 + np.abs(theirs - truth).max()
+
+
+@every_implementation
+def test_a_stretched_rotation(implementation):
+    """YaRN of interleaved sections, its ramp within the rotated dims, with a factor of the file's own."""
+    from scarlet_jax.tools.engines import llama_cpp
+
+    ids = tokens(SCALED_ROPE, 40)
+    logits, truth = oracle.forward(path(SCALED_ROPE), ids)
+    ours = model(SCALED_ROPE, implementation=implementation)
+    tapped, _, taps = ours.forward_with_taps(ids)
+    for reference in (truth, llama_cpp.taps(path(SCALED_ROPE), ids)[0]):
+        assert_taps_agree(taps, reference)
+    assert relative_l2(tapped, logits) < TOLERANCE
+    assert relative_l2(ours.forward(ids)[0], logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "setting", [{"attn_factor": 1.0}, {"type": "linear"}, {"original_context_length": 960}]
+)
+def test_each_setting_of_a_stretched_rotation_counts(setting):
+    ids, ours = tokens(SCALED_ROPE, 40), scarlet_jax.load(path(SCALED_ROPE))
+    blocks = list(ours.config.blocks)
+    mixer = blocks[2].mixer
+    rope = dataclasses.replace(mixer.rope, scaling=dataclasses.replace(mixer.rope.scaling, **setting))
+    blocks[2] = dataclasses.replace(blocks[2], mixer=dataclasses.replace(mixer, rope=rope))
+    ours.config = dataclasses.replace(ours.config, blocks=tuple(blocks))
+    assert relative_l2(ours.forward(ids)[0], oracle.forward(path(SCALED_ROPE), ids)[0]) > 100 * TOLERANCE
 
 
 @every_shape

@@ -46,7 +46,8 @@ class Shape:
     feed-forward networks are mixtures of experts, with a shared one if that has a size;
     `fused_gate_up` stores the experts' gate and up as one tensor. `legacy_ssm_in` stores a qwen3next delta
     net's queries, keys, values and gate as one. `biases` are the roles that have one;
-    `freq_factors` adds the table that divides llama's rotary frequencies.
+    `freq_factors` adds the table that divides llama's rotary frequencies; `rope_scaling` are keys under
+    `rope.scaling` and their values.
     """
 
     arch: str = "qwen35"
@@ -80,6 +81,7 @@ class Shape:
     scales: bool = False
     biases: tuple[str, ...] = ()
     freq_factors: bool = False
+    rope_scaling: tuple[tuple[str, str | int | float], ...] = ()
     alignment: int = 32
 
     @property
@@ -370,7 +372,11 @@ def _hybrid_metadata(s: Shape) -> dict[str, Any]:
         keys["full_attention_interval"] = s.full_attention_interval
     else:
         keys["attention.recurrent_layers"] = [s.is_recurrent(i) for i in range(keys["block_count"])]
-    return {f"{s.arch}.{key}": value for key, value in (keys | _moe_metadata(s)).items()}
+    return {f"{s.arch}.{key}": value for key, value in (keys | _moe_metadata(s) | _rope_scaling(s)).items()}
+
+
+def _rope_scaling(s: Shape) -> dict[str, Any]:
+    return {f"rope.scaling.{key}": value for key, value in s.rope_scaling}
 
 
 def _grouped_metadata(s: Shape) -> dict[str, Any]:
@@ -447,7 +453,7 @@ def _decoder_metadata(s: Shape) -> dict[str, Any]:
     }
     if s.feed_forward_length:
         keys["feed_forward_length"] = s.feed_forward_length
-    return {f"{s.arch}.{key}": value for key, value in (keys | _moe_metadata(s)).items()}
+    return {f"{s.arch}.{key}": value for key, value in (keys | _moe_metadata(s) | _rope_scaling(s)).items()}
 
 
 def _decoder(*, head_norm: bool) -> Arch:

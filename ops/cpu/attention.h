@@ -97,8 +97,8 @@ static void attention_store(const Attention& a, int64_t b, int64_t token) {
   std::vector<float> buffer(2 * a.pairs + padded);
   float *cosine = buffer.data(), *sine = cosine + a.pairs, *key = sine + a.pairs;
   for (int64_t i = 0; i < a.pairs; i++) {
-    cosine[i] = std::cos(a.angle[at * a.pairs + i]);
-    sine[i] = std::sin(a.angle[at * a.pairs + i]);
+    cosine[i] = a.magnitude * std::cos(a.angle[at * a.pairs + i]);
+    sine[i] = a.magnitude * std::sin(a.angle[at * a.pairs + i]);
   }
   const int64_t stride = a.dim * (a.gated ? 2 : 1);
   for (int64_t n = 0; n < a.heads; n++) {

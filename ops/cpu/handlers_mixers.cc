@@ -134,7 +134,7 @@ uint8_t* carried_over(const char* name, const Buffer& in, const Buffer& out, con
 
 ffi::Error attention(Buffer q, Buffer k, Buffer v, Buffer q_norm, Buffer k_norm, Buffer angle, Buffer start, Buffer count,
                      Buffer k_cache, Buffer v_cache, ffi::Result<Buffer> out_result, ffi::Result<Buffer> k_result,
-                     ffi::Result<Buffer> v_result, bool gated, bool adjacent, float eps, float scale) {
+                     ffi::Result<Buffer> v_result, bool gated, bool adjacent, float eps, float magnitude, float scale) {
   return guarded("scarlet_attention", [&](const Kernels& kernels) {
     const Buffer out = *out_result;
     Attention a;
@@ -145,7 +145,7 @@ ffi::Error attention(Buffer q, Buffer k, Buffer v, Buffer q_norm, Buffer k_norm,
     a.batch = q.dimensions()[0], a.tokens = dim(q, 1);
     a.slots = dim(k_cache, 2), a.kv_heads = dim(k_cache, 1), a.dim = dim(k_cache, 0);
     a.pairs = dim(angle, 0);
-    a.gated = gated, a.adjacent = adjacent, a.eps = eps, a.scale = scale;
+    a.gated = gated, a.adjacent = adjacent, a.eps = eps, a.magnitude = magnitude, a.scale = scale;
     const int64_t B = a.batch, T = a.tokens, K = a.kv_heads, H = a.dim, row = H * (gated ? 2 : 1);
     expect(H > 0 && K > 0 && dim(q, 0) % (row * K) == 0, "q", q, "rows of a multiple of " + std::to_string(row * K));
     expect(2 * a.pairs <= H, "angle", angle, "at most half of the " + std::to_string(H) + " dims of a head");
@@ -239,4 +239,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_attention, scarlet::attention,
                                   .Attr<bool>("gated")
                                   .Attr<bool>("adjacent")
                                   .Attr<float>("eps")
+                                  .Attr<float>("magnitude")
                                   .Attr<float>("scale"));

@@ -40,6 +40,7 @@ struct Attention {
   bool adjacent;  // dims 2i and 2i+1 rotate together, else i and i+M
   bool normed;    // heads have norms
   float eps, scale;
+  float magnitude;  // of cosines and sines: YaRN's
   QType cache_type;             // F32, F16 or BF16
   const int32_t *start, *count; // (B)
   const float* q;               // (B, T, N H) or gated (B, T, N 2H)

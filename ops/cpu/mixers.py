@@ -59,12 +59,13 @@ def attention(
     gated: bool,
     adjacent: bool,
     eps: float,
+    magnitude: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Head norms, rotation, the new keys and values into the cache, causal softmax attention, output gate.
 
     q f32 (B, T, N H), or `gated`, a head's H of query before its H of gate, (B, T, N 2H); k and v (B, T, K H);
-    q_norm and k_norm (H,), or (0,) for heads without a norm; angle (B, T, M) for the first 2M dims, paired as
-    in `rope.rotate`; int32 (B,) `start`, the slot of the first token, and `count`, how many of the T are real;
+    q_norm and k_norm (H,), or (0,) for heads without a norm; angle (B, T, M) for the first 2M dims, turned as by
+    `rope.rotate`; int32 (B,) `start`, the slot of the first token, and `count`, how many of the T are real;
     caches (B, S, K, H) of f32, f16 or bf16, with room for them all. Returns f32 (B, T, N H), zero for padding,
     and the caches, in place where the caller gives the old ones up.
     """
@@ -73,7 +74,12 @@ def attention(
     out = jax.ShapeDtypeStruct((*q.shape[:-1], q.shape[-1] // (2 if gated else 1)), jnp.float32)
     caches = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_cache, v_cache))
     run = _call("scarlet_attention", (out, *caches), aliases={8: 1, 9: 2})
-    options = {"gated": gated, "adjacent": adjacent, "eps": np.float32(eps)}
+    options = {
+        "gated": gated,
+        "adjacent": adjacent,
+        "eps": np.float32(eps),
+        "magnitude": np.float32(magnitude),
+    }
     inputs = (q, k, v, q_norm, k_norm, angle, start, count, k_cache, v_cache)
     return run(*inputs, scale=np.float32(1 / math.sqrt(dim)), **options)
 

@@ -211,7 +211,7 @@ def attention_inputs(
     return arrays, {"gated": gated, "adjacent": False, "eps": EPS}
 
 
-def attention_by_definition(arrays, *, gated, adjacent, eps):
+def attention_by_definition(arrays, *, gated, adjacent, eps, magnitude=1.0):
     """Float64, a head at a time, from the narrow cache that a real one would hold."""
     k_cache, v_cache = arrays["k_cache"].copy(), arrays["v_cache"].copy()
     q, k, v, q_norm, k_norm, angle = f64(*list(arrays.values())[:6])
@@ -227,7 +227,7 @@ def attention_by_definition(arrays, *, gated, adjacent, eps):
         first = np.arange(0, 2 * M, 2) if adjacent else np.arange(M)
         second = first + (1 if adjacent else M)
         pair = x[first] + 1j * x[second]
-        pair = pair * np.exp(1j * angle)
+        pair = pair * np.exp(1j * angle) * magnitude
         x[first], x[second] = pair.real, pair.imag
         return x
 
@@ -274,6 +274,11 @@ def test_attention_that_rotates_neighbours(random):
     assert_attention(arrays, options | {"adjacent": True})
     none = np.zeros(0, np.float32)
     assert_attention(arrays | {"q_norm": none, "k_norm": none}, options)
+
+
+def test_attention_that_makes_larger_what_it_rotates(random):
+    arrays, options = attention_inputs(random, *ATTENTIONS["plain"])
+    assert_attention(arrays, options | {"magnitude": 1.25})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
