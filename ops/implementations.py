@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -85,8 +85,13 @@ def call(operation: str, *args: Any, implementation: str = "auto", **options: An
     raise NotImplementedError(f"{operation} is not covered by {', '.join(candidates)}")
 
 
-def prepared(weights: Any, implementation: str) -> Any:
-    """A pytree of weights, its matrices in the form that the implementation who will multiply them prefers."""
+def prepared(
+    weights: Any, implementation: str, run: Callable[[Callable, QTensor], Any] = lambda prepare, w: prepare(w)
+) -> Any:
+    """A pytree of weights, its matrices in the form that the implementation who will multiply them prefers.
+
+    `run(prepare, w)`: how to make a matrix so, where its parts lie on several devices.
+    """
     best = next(iter(_candidates(implementation).values()))
     if not hasattr(best, "prepare"):
         return weights
@@ -97,7 +102,7 @@ def prepared(weights: Any, implementation: str) -> Any:
         if not matrix(w) or len(w.shape) != 2:
             return w
         if id(w) not in seen:
-            seen[id(w)] = best.prepare(w)
+            seen[id(w)] = run(best.prepare, w)
         return seen[id(w)]
 
     return jax.tree.map(prepare, weights, is_leaf=matrix)

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scarlet_jax.ops import implementations
+from scarlet_jax.ops import implementations, shares
 from scarlet_jax.ops.gpu.planes import Planes, values
 from scarlet_jax.ops.qtensor import QTensor
 from scarlet_jax.ops.quants import decode
+from scarlet_jax.ops.shares import Experts, Share, Stacked, Summed
 
-Weight = jax.Array | np.ndarray | QTensor | Planes
+Weight = jax.Array | np.ndarray | QTensor | Planes | Share
 
 
 def linear(x: jax.Array, w: Weight, *, implementation: str = "auto") -> jax.Array:
@@ -30,6 +31,11 @@ def linear(x: jax.Array, w: Weight, *, implementation: str = "auto") -> jax.Arra
     own reason, if one chosen by name cannot do it.
     """
     _check(x, w)
+    if isinstance(w, Stacked):
+        return shares.join(linear(x, w.part, implementation=implementation), w.rows)
+    if isinstance(w, Summed):
+        term = implementations.call("qmatmul", x, w.part, implementation=implementation)
+        return _completed(shares.sum_up(term), w.part)
     return _completed(implementations.call("qmatmul", x, w, implementation=implementation), w)
 
 
@@ -43,7 +49,9 @@ def linear_many(x: jax.Array, *ws: Weight) -> list[jax.Array]:
 
 
 def is_bare(w: Weight) -> bool:
-    """Whether products with the weight are all there is: no scale of its own and no bias."""
+    """Whether products with the weight are all there is: no scale of its own, no bias, no other device's share."""
+    if isinstance(w, Share):
+        return False
     return not isinstance(w, QTensor | Planes) or (w.scale is None and w.bias is None)
 
 
@@ -55,6 +63,11 @@ def linear_experts(x: jax.Array, w: Weight, ids: jax.Array) -> jax.Array:
     """
     chex.assert_type([x, ids], [jnp.float32, jnp.int32])
     chex.assert_equal(x.shape[-1], w.shape[-1])
+    if isinstance(w, Summed):
+        return shares.sum_up(linear_experts(x, w.part, ids))
+    if isinstance(w, Experts):
+        local, held = shares.here(ids, w.shape[0])
+        return jnp.where(held[..., None], linear_experts(x, w.part, local), 0)
     k = ids.shape[-1]
     rows = x.reshape(-1, *x.shape[-1:] if x.shape[-2] == 1 else x.shape[-2:])
     y = implementations.call("qmatmul_experts", rows, w, ids.reshape(-1, k)).reshape(*ids.shape, -1)
@@ -66,6 +79,9 @@ def embed(w: Weight, ids: jax.Array) -> jax.Array:
 
     `ids` must be within 0 .. V-1 (the caller checks: under jit an id outside is clipped).
     """
+    if isinstance(w, Stacked):
+        local, held = shares.here(ids, w.shape[0])
+        return shares.sum_up(jnp.where(held[..., None], embed(w.part, local), 0))
     if isinstance(w, Planes):
         return _scaled(_embed_planes(w, ids), w)
     if not isinstance(w, QTensor):

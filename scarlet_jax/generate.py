@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 
+from scarlet_jax import hosts
 from scarlet_jax.errors import BadInput
 from scarlet_jax.sampling import INVALID, Sampling, most_likely, sample
 from scarlet_jax.tokenizer import Detokenizer, Tokenizer, held_back
@@ -114,7 +115,7 @@ def generate(
     if block < 1:
         raise BadInput(f"block is {block}, expected 1 or more")
     stats = Stats() if stats is None else stats
-    stats.seed = secrets.randbits(32) if seed is None else seed
+    stats.seed = hosts.agreed(secrets.randbits(32)) if seed is None else seed
     run = _Run(model, prompt, jax.random.key(stats.seed), params, cache or StateCache(), stats)
     stop = model.tokenizer.eos_ids if stop is None else stop
     return run.ids(max_tokens, frozenset(stop), min(steady, len(prompt) - 1), block)

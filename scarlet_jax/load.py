@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from scarlet_jax import compiled, configs, gguf
+from scarlet_jax import compiled, configs, gguf, sharding
 from scarlet_jax.config import Arch, Block, Config
 from scarlet_jax.errors import BadInput
 from scarlet_jax.model import FEED_FORWARDS, MIXERS, BlockWeights, Model, Weights
@@ -29,22 +30,32 @@ FLOATS = ("F32", "F16", "BF16")  # held as plain arrays; every other type stays 
 Rows = slice | np.ndarray  # of a matrix: a view of the file, or row numbers, which cost a copy
 
 
-def load(path: str | Path, **options: Any) -> Model:
+def load(path: str | Path, *, mesh: int | Mesh = 1, **options: Any) -> Model:
     """Load a GGUF of one of `configs.ARCHITECTURES` (the first file of a split set too).
 
-    Options are Model's: `context_length`, `kv_dtype`, `implementation`. Raises BadInput for a file that is
-    broken, of an unknown architecture, or whose tensors are not all there and of the right shape.
+    `mesh`: how many devices share the model, or which (`scarlet_jax.sharding`); each gets its own part of the
+    weights straight from the file. Other options are Model's: `context_length`, `kv_dtype`, `implementation`.
+    Raises BadInput for a file that is broken, of an unknown architecture, or whose tensors are not all there and
+    of the right shape.
     """
     compiled.keep()
     file = gguf.read(path)
     arch = configs.find(file.architecture)
     cfg = arch.config(file.metadata)
-    return Model(file, cfg, weights(file, arch, cfg), **options)
+    if mesh == 1:
+        return Model(file, cfg, weights(file, arch, cfg), **options)
+    model = Model(file, cfg, weights(file, arch, cfg, mapped=True), mesh=sharding.mesh_of(mesh), **options)
+    for tensor in file.tensors.values():
+        tensor.release()
+    return model
 
 
-def weights(file: gguf.Gguf, arch: Arch, cfg: Config) -> Weights:
-    """The weight pytree of a Config; one BadInput lists every missing, misshapen or unknown tensor."""
-    tensors = _Tensors(file, arch)
+def weights(file: gguf.Gguf, arch: Arch, cfg: Config, *, mapped: bool = False) -> Weights:
+    """The weight pytree of a Config; one BadInput lists every missing, misshapen or unknown tensor.
+
+    `mapped`: as arrays of the host that lie in the mapped file, not yet read.
+    """
+    tensors = _Tensors(file, arch, mapped)
     table = (cfg.vocabulary_size, cfg.embedding_length)
     token_embd = tensors.weight("token_embd.weight", table, biased=False)
     loaded = Weights(
@@ -74,8 +85,9 @@ class _Tensors:
     A tensor that is missing or misshapen comes out as None, and `finish` raises.
     """
 
-    def __init__(self, file: gguf.Gguf, arch: Arch) -> None:
+    def __init__(self, file: gguf.Gguf, arch: Arch, mapped: bool) -> None:
         self._file = file
+        self._mapped = mapped
         self._names, self._joined = arch.names, arch.joined
         self._unused = set(file.tensors)
         self._problems: list[str] = []
@@ -117,9 +129,9 @@ class _Tensors:
         scale = self._beside(name, "scale", shape[:-2] or (1,))
         bias = self._beside(name, "bias", shape[:-1]) if biased and len(shape) == 2 else None
         if tensor.qtype in FLOATS and scale is None and bias is None:
-            return _place(tensor, tensor.array()[..., rows, :])
+            return self._place(tensor, tensor.array()[..., rows, :])
         bias = bias if bias is None else bias[rows]
-        return QTensor(_place(tensor, tensor.data[..., rows, :]), tensor.qtype, scale, bias)
+        return QTensor(self._place(tensor, tensor.data[..., rows, :]), tensor.qtype, scale, bias)
 
     def array(self, name: str, shape: tuple[int, ...]) -> Any:
         """A vector or a small table, in f32."""
@@ -129,7 +141,11 @@ class _Tensors:
         if tensor.qtype not in FLOATS:
             self._problems.append(f"{name} is {tensor.qtype}, expected one of {', '.join(FLOATS)}")
             return None
-        return jnp.asarray(tensor.array(), jnp.float32)
+        vector = tensor.array().astype(np.float32)
+        return vector if self._mapped else jnp.asarray(vector)
+
+    def _place(self, tensor: gguf.Tensor, view: np.ndarray) -> Any:
+        return view if self._mapped else _place(tensor, view)
 
     def _beside(self, name: str, kind: str, shape: tuple[int, ...]) -> jax.Array | None:
         """What is stored beside a weight, `X.scale` or `X.bias` for `X.weight`, or None."""

@@ -12,15 +12,16 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from scarlet_jax import attention, config, delta_net, ffn, moe, sampling
+from scarlet_jax import attention, config, delta_net, ffn, moe, sampling, sharding
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import implementations, matmul, norm
 from scarlet_jax.span import Span
@@ -189,8 +190,7 @@ def forward(weights, tokens, state, cfg) -> tuple[Array, State]:
     return logits, traced.state
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "block", "implementation"), donate_argnames="state")
-def _decode_program(weights, token, state, key, step, count, params, stops, cfg, block, implementation):
+def _decode(weights, token, state, key, step, count, params, stops, cfg, block, implementation):
     """A static number of steps, of which those past the end are padding: a trip count that the device decides
     would bring the host back at every step. Tokens int32 (block,), meaningless past the end, and the state.
     """  # noqa: D205
@@ -210,6 +210,95 @@ def _decode_program(weights, token, state, key, step, count, params, stops, cfg,
     token = jnp.asarray(token, jnp.int32)
     (_, state, _), made = jax.lax.scan(advance, (token, state, jnp.bool_(True)), jnp.arange(block))
     return made, state
+
+
+_decode_program = jax.jit(
+    _decode, static_argnames=("cfg", "block", "implementation"), donate_argnames="state"
+)
+
+
+class Programs:
+    """The compiled programs of one model, on one device."""
+
+    def __init__(self, cfg: config.Config, weights: Weights, implementation: str) -> None:
+        self._cfg, self._implementation = cfg, implementation
+        self.weights = implementations.prepared(weights, implementation)
+
+    def init_state(self, batch: int, slots: int, kv_dtype: Any) -> State:
+        """As the function of that name."""
+        return init_state(self._cfg, batch, slots, kv_dtype)
+
+    def trunk(self, tokens: ArrayLike, count: ArrayLike, state: State, **options: Any) -> Traced:
+        """As the function of that name."""
+        options["implementation"] = self._implementation
+        return trunk(self.weights, tokens, count, state, self._cfg, **options)
+
+    def head(self, hidden: ArrayLike, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
+        """As the function of that name."""
+        w, eps = self.weights, self._cfg.layer_norm_rms_epsilon
+        return head(w.output_norm, w.output, hidden, eps, tapped, self._implementation)
+
+    def decode(self, *arguments: Any, block: int) -> tuple[Array, State]:
+        """`_decode`: token, state, key, step, count, params, stops."""
+        return _decode_program(self.weights, *arguments, self._cfg, block, self._implementation)
+
+    @functools.cache  # noqa: B019 - tracing a state takes longer than a token; lives as long as the model
+    def leaf_sizes(self, *state: Any) -> list[int]:
+        """Elements of each array of `init_state(*state)`."""
+        return [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.init_state(*state)))]
+
+
+class SpreadPrograms(Programs):
+    """The same on a mesh: every device runs them on its share of the weights (see `sharding`)."""
+
+    def __init__(self, spread: sharding.Spread, implementation: str) -> None:
+        spread = spread.prepared(implementation)
+        self._cfg, self._implementation, self._spread = spread.config, implementation, spread
+        self.weights = spread.weights
+        self._state = State(spread.state, sharding.WHOLE)
+
+        whole, w, eps = sharding.WHOLE, spread.specs, self._cfg.layer_norm_rms_epsilon
+
+        def run(weights, tokens, count, state):
+            return _run_trunk(weights, tokens, count, state, None, self._cfg, False, implementation)
+
+        def logits(output_norm, output, hidden):
+            return head(output_norm, output, hidden, eps, False, implementation)[0]
+
+        takes, gives = (w, whole, whole, self._state), Traced(whole, self._state, {})
+        self._trunk = spread.program(run, takes, gives)
+        self._trunk_in_place = spread.program(run, takes, gives, donate_argnums=3)
+        self._head = spread.program(logits, (w.output_norm, w.output, whole), whole)
+
+    @functools.cache  # noqa: B019 - as above
+    def _init_state(self, *size: Any) -> Callable[[], State]:
+        return self._spread.program(lambda: init_state(self._cfg, *size), (), self._state)
+
+    def init_state(self, batch: int, slots: int, kv_dtype: Any) -> State:
+        """Each device holds the state of its own heads."""
+        return self._init_state(batch, slots, kv_dtype)()
+
+    def trunk(self, tokens: ArrayLike, count: ArrayLike, state: State, **options: Any) -> Traced:
+        """Of text alone, and nobody sees a device's share of an activation."""
+        if options.get("tapped"):
+            raise BadInput(f"taps: the model is spread over {self._spread.mesh.size} devices; expected one")
+        run = self._trunk_in_place if options.get("in_place") else self._trunk
+        return run(self.weights, tokens, count, state)
+
+    def head(self, hidden: ArrayLike, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
+        """Logits of all of the vocabulary, on every device."""
+        return self._head(self.weights.output_norm, self.weights.output, hidden), {}
+
+    def decode(self, *arguments: Any, block: int) -> tuple[Array, State]:
+        """Every device draws the same tokens."""
+        return self._decode(block)(self.weights, *arguments)
+
+    @functools.cache  # noqa: B019 - as above
+    def _decode(self, block: int) -> Callable:
+        whole = sharding.WHOLE
+        run = functools.partial(_decode, cfg=self._cfg, block=block, implementation=self._implementation)
+        takes = (self._spread.specs, whole, self._state, *[whole] * 5)
+        return self._spread.program(run, takes, (whole, self._state), donate_argnums=2)
 
 
 class Piece(NamedTuple):
@@ -282,8 +371,11 @@ class Model:
         context_length: int | None = None,
         kv_dtype: jax.typing.DTypeLike = jnp.float32,
         implementation: str | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        """`implementation`: whose operations (see `ops.implementations`), "auto" for the best of each.
+        """`mesh`: one axis of devices that share the model (`sharding.mesh_of`); `weights` are then the host's.
+
+        `implementation`: whose operations (see `ops.implementations`), "auto" for the best of each.
 
         By default what the environment variable SCARLET_IMPLEMENTATION says, or else "auto". Raises
         BadInput, with its own reason, for one that cannot run here.
@@ -295,7 +387,15 @@ class Model:
         self.implementation = implementations.check(
             implementation or os.environ.get("SCARLET_IMPLEMENTATION") or "auto"
         )
-        self.weights = implementations.prepared(weights, self.implementation)
+        if mesh is None:
+            self.programs = Programs(cfg, weights, self.implementation)
+        else:
+            self.programs = SpreadPrograms(sharding.spread(weights, cfg, mesh), self.implementation)
+
+    @property
+    def weights(self) -> Weights:
+        """The weights where they are."""
+        return self.programs.weights
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -375,19 +475,7 @@ class Model:
             raise BadInput(f"tokens: {length + count} in all; the context holds {self.context_length}")
         state = self._grown(state, length + count)
         stops = jnp.array([sampling.INVALID, *stop], jnp.int32)
-        made, state = _decode_program(
-            self.weights,
-            token,
-            state,
-            key,
-            step,
-            count,
-            params,
-            stops,
-            self.config,
-            block,
-            self.implementation,
-        )
+        made, state = self.programs.decode(token, state, key, step, count, params, stops, block=block)
         made = np.asarray(made)
         ends = np.flatnonzero(np.isin(made[:count], [sampling.INVALID, *stop]))
         return made[: ends[0] + 1 if len(ends) else count].tolist(), state
@@ -422,7 +510,7 @@ class Model:
 
     def init_state(self, batch: int = 1, slots: int = SLOTS) -> State:
         """An empty state, with room for `slots` tokens a sequence (it grows when they run out)."""
-        return init_state(self.config, batch, _bucket(slots), self.kv_dtype)
+        return self.programs.init_state(batch, _bucket(slots), self.kv_dtype)
 
     def _enter(self, tokens: Any, state: State | None) -> tuple[Batch, State]:
         """The checked batch, and a state with room for it."""
@@ -441,26 +529,18 @@ class Model:
 
     def _grown(self, state: State, needed: int) -> State:
         """`state` with room for `needed` tokens a sequence, its caches copied into larger ones if need be."""
-        size = (self.config, len(state.length), _bucket(needed), self.kv_dtype)
-        if all(new <= old.size for new, old in zip(_leaf_sizes(*size), jax.tree.leaves(state), strict=True)):
+        size = (len(state.length), _bucket(needed), self.kv_dtype)
+        sizes = self.programs.leaf_sizes(*size)
+        if all(new <= old.size for new, old in zip(sizes, jax.tree.leaves(state), strict=True)):
             return state
         copy = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)  # noqa: E731
-        return jax.tree.map(copy, init_state(*size), state)
+        return jax.tree.map(copy, self.programs.init_state(*size), state)
 
     def _trunk(self, piece: Piece, state: State, **options: Any) -> Traced:
-        options["implementation"] = self.implementation
-        return trunk(self.weights, piece.tokens, piece.count, state, self.config, **options)
+        return self.programs.trunk(piece.tokens, piece.count, state, **options)
 
     def _head(self, hidden: ArrayLike, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
-        weights, eps = self.weights, self.config.layer_norm_rms_epsilon
-        return head(weights.output_norm, weights.output, hidden, eps, tapped, self.implementation)
-
-
-@functools.lru_cache
-def _leaf_sizes(cfg: config.Config, batch: int, slots: int, kv_dtype: Any) -> list[int]:
-    """Elements of each array of such a state: remembered, because tracing it takes longer than a token."""
-    state = jax.eval_shape(functools.partial(init_state, cfg, batch, slots, kv_dtype))
-    return [leaf.size for leaf in jax.tree.leaves(state)]
+        return self.programs.head(hidden, tapped)
 
 
 def _bucket(slots: int) -> int:

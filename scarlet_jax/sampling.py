@@ -85,8 +85,9 @@ def _largest(logits: Array) -> Array:
 def _filtered(logits: Array, total: Array, key: Array, params: Sampling, candidates: int) -> Array:
     """Sort as many of the logits (B, V) as it takes, filter them and draw -> ids (B,)."""
     vocabulary = logits.shape[-1]
-    # XLA has a quick way to the largest few, which it forgets when it sees what they are used for.
-    largest, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(candidates, vocabulary)))
+    # XLA has a quick way to the largest few, which it forgets when it sees what they are used for. (A barrier for
+    # each: in a program for several devices one for both crashes the compiler of jaxlib 0.10.2.)
+    largest, ids = map(jax.lax.optimization_barrier, jax.lax.top_k(logits, min(candidates, vocabulary)))
     return jax.lax.cond(
         _holds_all_survivors(largest, total, params, vocabulary),
         lambda: _draw(largest, ids, total, key, params),

@@ -55,6 +55,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", metavar="N", type=int, help="most tokens to hold (the model's own limit)"
     )
     running.add_argument("--backend", choices=BACKENDS, default="auto", help="where to compute (auto)")
+    running.add_argument(
+        "--devices",
+        metavar="N",
+        type=int,
+        default=1,
+        help="devices that share the model; 0: all there are (1)",
+    )
     running.add_argument("--threads", metavar="N", type=int, help="threads of the CPU kernels (all cores)")
     running.add_argument(
         "--precision",
@@ -138,6 +145,8 @@ def load_model(args: argparse.Namespace) -> Model:
     """The model that MODEL names, to run as `add_model_arguments` has it."""
     if args.context is not None and args.context < 1:
         raise BadInput(f"--context {args.context}: expected 1 or more")
+    if args.devices < 0:
+        raise BadInput(f"--devices {args.devices}: expected a number of devices, or 0 for all")
     use_backend(args.backend)
     use_threads(args.threads)
     implementation = precision(args.precision)
@@ -145,6 +154,7 @@ def load_model(args: argparse.Namespace) -> Model:
     with waiting(f"loading {path.name}"):
         return load(
             path,
+            mesh=args.devices or jax.device_count(),
             context_length=args.context,
             kv_dtype=KV_DTYPES[args.kv_dtype],
             implementation=implementation,

@@ -6,6 +6,9 @@ it stands, to be continued; so does a model without a template. Without -p the s
 example: scarlet generate model.gguf -p "Why is the sky blue?"
          scarlet generate model.gguf --raw -p "The quick brown" -n 20 --temperature 0.8 --seed 1
          scarlet generate owner/repo:Q4_K_M --json - < question.txt
+
+--devices N has so many devices share the model, each with its part of the weights; --coordinator and --process
+make the devices of several processes one set, which the same command on each of them shares.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from scarlet_jax import chat
+from scarlet_jax import chat, hosts
 from scarlet_jax.errors import BadInput
 from scarlet_jax.generate import Stats, generate, stream_text
 from scarlet_jax.model import Model
@@ -33,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="no chat template")
     common.add_think_argument(parser)
     common.add_limit_argument(parser, default=512)
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of the first of several processes that share their devices",
+    )
+    parser.add_argument("--process", metavar="I/N", help="which one of them this is, from 0, and how many")
     parser.add_argument("--special", action="store_true", help="print control tokens too, as <|im_end|>")
     parser.add_argument("--stats", action="store_true", help="print times and speeds on stderr afterwards")
     common.add_json_argument(parser)
@@ -42,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     began = time.perf_counter()
+    if args.coordinator or args.process:
+        hosts.start(args.coordinator, args.process)
     ids = None if args.tokens is None else parse_tokens(args.tokens)
     text = _prompt_text(args) if ids is None else ""
     model = common.load_model(args)
@@ -52,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     ready_s = time.perf_counter() - began
     tokens, answer = _stream(model, prompt, args, stats)
     times = {"load_s": load_s, "first_token_s": ready_s + stats.prefill_s}
+    if not hosts.is_first():
+        return
     if args.stats:
         common.print_stats(model, stats, load=times["load_s"], first_token=times["first_token_s"])
     if args.json:
@@ -81,7 +94,8 @@ def _stream(model: Model, prompt: list[int], args: argparse.Namespace, stats: St
     """Print the text as it comes; its ids, and all of it."""
     tokens: list[int] = []
     parts: list[str] = []
-    show = common.writer(sys.stdout) if args.json != "-" else (lambda text: None)
+    shown = args.json != "-" and hosts.is_first()
+    show = common.writer(sys.stdout) if shown else (lambda text: None)
 
     def noted(ids: Iterator[int]) -> Iterator[int]:
         for id in ids:
