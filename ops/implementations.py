@@ -9,6 +9,8 @@ does not cover (weights' own scales, `QTensor.scale`, are the caller's):
     qmatmul_experts(x, w, ids)      a product of each row with its own few of many weights
     ffn(x, gate, up, down)          a feed-forward network
     delta_net(...), attention(...)  a token mixer between its projections (see `ops.cpu.mixers`)
+    delta_rule(q, k, v, g, beta, state)  the delta rule alone (see `ops.gated_delta`)
+    attend(q, k, v, position, scale=...)  softmax attention over a cache alone (see `ops.attention`)
     solve(lower, columns)           the delta rule's (I + lower) x = columns (see `ops.gated_delta`)
 
 and, optionally, `prepare(w)`: a packed weight in the form that its products are quickest with, made once at load

@@ -99,14 +99,22 @@ def _mix_by_steps(
     k = tap("Kcur", rope.rotate(k, angle, **turn))
     state = _store(state, k, v, span)
 
-    products = tap("kq", ops.scores(q, state.k))
-    probabilities = tap("kq_soft_max", ops.softmax(products, span.slots, 1 / math.sqrt(cfg.key_length)))
-    out = tap("kqv", ops.mix(probabilities, state.v))
+    out = layers.run("attend", _attend_at_once, _attend_by_steps, q, state.k, state.v, span.slots, cfg=cfg)
     out = tap("attn_pregate", out.reshape(*x.shape[:-1], -1))
     if gate is not None:
         gate = tap("gate_reshaped", gate.reshape(out.shape))
         out = tap("attn_gated", out * tap("gate_sigmoid", jax.nn.sigmoid(gate)))
     return tap("attn_output", linear(out, w.attn_output)), state
+
+
+def _attend_at_once(q: Array, k: Array, v: Array, slots: Array, cfg: config.Attention) -> Array:
+    return implementations.call("attend", q, k, v, slots, scale=1 / math.sqrt(cfg.key_length))
+
+
+def _attend_by_steps(q: Array, k: Array, v: Array, slots: Array, cfg: config.Attention) -> Array:
+    products = tap("kq", ops.scores(q, k))
+    probabilities = tap("kq_soft_max", ops.softmax(products, slots, 1 / math.sqrt(cfg.key_length)))
+    return tap("kqv", ops.mix(probabilities, v))
 
 
 def _queries(w: Weights, x: Array, cfg: config.Attention) -> tuple[Array, Array | None]:

@@ -100,13 +100,35 @@ def _mix_by_steps(
     q, k, v = _split_heads(qkv, cfg)
     g, beta = _gates(w, x, span)
 
-    rule = gated_delta.recurrent if x.shape[1] == 1 else gated_delta.chunked
     q, k = _by_value_head(q, k, cfg)
-    o, memory = rule(q / math.sqrt(cfg.state_size), k, v, g, beta, tap("state_predelta", state.memory))
+    memory = tap("state_predelta", state.memory)
+    o, memory = layers.run(
+        "delta_rule",
+        _rule_at_once,
+        _rule_by_steps,
+        q / math.sqrt(cfg.state_size),
+        k,
+        v,
+        g,
+        beta,
+        memory,
+        cfg=cfg,
+    )
     memory = tap("new_state", memory)
 
     y = linear(_gated_norm(w, x, tap("attn_output", o), cfg), w.ssm_out)
     return tap("linear_attn_out", y), State(history, memory)
+
+
+def _rule_at_once(*arrays: Array, cfg: config.DeltaNet) -> tuple[Array, Array]:
+    del cfg
+    return implementations.call("delta_rule", *arrays)
+
+
+def _rule_by_steps(q: Array, *arrays: Array, cfg: config.DeltaNet) -> tuple[Array, Array]:
+    del cfg
+    rule = gated_delta.recurrent if q.shape[1] == 1 else gated_delta.chunked
+    return rule(q, *arrays)
 
 
 def _convolve(w: Weights, x: Array, history: Array, span: Span, cfg: config.DeltaNet) -> tuple[Array, Array]:

@@ -141,7 +141,7 @@ class _Tensors:
         if tensor.qtype not in FLOATS:
             self._problems.append(f"{name} is {tensor.qtype}, expected one of {', '.join(FLOATS)}")
             return None
-        vector = tensor.array().astype(np.float32)
+        vector = tensor.array().astype(np.float32, copy=False)
         return vector if self._mapped else jnp.asarray(vector)
 
     def _place(self, tensor: gguf.Tensor, view: np.ndarray) -> Any:

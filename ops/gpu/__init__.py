@@ -1,4 +1,4 @@
-"""Pallas kernels for GPUs: products with packed weights, read as planes (`planes`).
+"""Pallas kernels for GPUs: products with packed weights, read as planes (`planes`), and those of the mixers.
 
 A peer of `ops.portable` behind `ops.matmul`. A weight may come packed as in the file, and is then rearranged on
 every call: for tests. `prepare` does it once, at load time. What is no packed weight, and what runs where Pallas
@@ -19,6 +19,7 @@ import numpy as np
 from scarlet_jax.ops import portable
 from scarlet_jax.ops.gpu import products
 from scarlet_jax.ops.gpu.backend import CUSTOM_CALL, mode, needs_gpu_here  # noqa: F401
+from scarlet_jax.ops.gpu.mixers import attend, delta_rule  # noqa: F401
 from scarlet_jax.ops.gpu.planes import LAYOUTS, Planes, pack
 from scarlet_jax.ops.qtensor import QTensor
 
