@@ -141,8 +141,9 @@ class _Tensors:
         if tensor.qtype not in FLOATS:
             self._problems.append(f"{name} is {tensor.qtype}, expected one of {', '.join(FLOATS)}")
             return None
-        vector = tensor.array().astype(np.float32, copy=False)
-        return vector if self._mapped else jnp.asarray(vector)
+        if self._mapped:
+            return tensor.array().astype(np.float32)
+        return jnp.asarray(tensor.array(), jnp.float32)
 
     def _place(self, tensor: gguf.Tensor, view: np.ndarray) -> Any:
         return view if self._mapped else _place(tensor, view)
