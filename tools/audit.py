@@ -6,7 +6,8 @@ give the same weights back. And every block format we know is tried on random bl
 or not: a decoder that this file does not exercise may be the one that the next file needs.
 
 The table of roles and types says which of them this model exercises, and which were ever found right on this
-machine; --record keeps that memory elsewhere.
+machine, by these very decoders: what another version of them, another build of the kernels or another instruction
+set has shown counts no more. --record keeps that memory elsewhere.
 
 Exit code: 0 everything agrees, 1 a decoder is wrong.
 
@@ -19,6 +20,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -38,11 +40,13 @@ from rich.table import Table
 from scarlet_jax import gguf as reader
 from scarlet_jax import hub
 from scarlet_jax.errors import BadInput
+from scarlet_jax.ops import cpu
 from scarlet_jax.ops.matmul import linear
 from scarlet_jax.ops.qtensor import QTensor, block_size
 from scarlet_jax.ops.quants import DECODERS, decode
 from scarlet_jax.tools import common
 
+_OPS = Path(cpu.__file__).resolve().parents[1]
 _ROWS_AT_ONCE = 1 << 22  # elements decoded together
 _RANDOM_BLOCKS = 512
 _FLOATS = ("F32", "F16", "BF16")
@@ -109,7 +113,8 @@ def audit(
     findings += check_products(file.tensors, implementation)
     pairs = collections.Counter((role(name), tensor.qtype) for name, tensor in file.tensors.items())
     wrong_types = {f.qtype for f in findings}
-    verified = _remember(record, {pair for pair in pairs if pair[1] not in wrong_types}, path.name)
+    right = {pair for pair in pairs if pair[1] not in wrong_types}
+    verified = _remember(record, right, path.name, fingerprint())
     return {
         "model": file.metadata.get("general.name", path.stem),
         "tensors": len(file.tensors),
@@ -221,18 +226,33 @@ def _default_record() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scarlet_jax" / "verified.json"
 
 
-def _remember(record: Path | None, pairs: set[tuple[str, str]], source: str) -> set[tuple[str, str]]:
-    """All pairs ever verified, these included; a record that cannot be read or written only forgets."""
+def fingerprint() -> str:
+    """What decoded: a digest of the decoders' and products' code, with the instruction set in use.
+
+    A verified pair says something of that code alone; when any of it changes, the record starts anew.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*_OPS.glob("*.py"), *_OPS.glob("cpu/*")]):
+        if path.suffix in (".py", ".cc", ".h", ".so"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return f"{digest.hexdigest()[:16]} {'portable' if cpu.unavailable() else cpu.isa()}"
+
+
+def _remember(
+    record: Path | None, pairs: set[tuple[str, str]], source: str, decoders: str
+) -> set[tuple[str, str]]:
+    """All pairs that these decoders ever got right, these included; a record that cannot be used only forgets."""
     if record is None:
         return pairs
-    known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(record.read_text())
-    known |= {f"{r} {q}": source for r, q in pairs}
+    kept: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError):
+        found = json.loads(record.read_text())
+        kept = found["verified"] if found.get("decoders") == decoders else {}
+    known = kept | {f"{r} {q}": source for r, q in pairs}
     temporary = record.with_name(f".{record.name}.{os.getpid()}.tmp")
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(known, indent=1, sort_keys=True))
+        temporary.write_text(json.dumps({"decoders": decoders, "verified": known}, indent=1, sort_keys=True))
         os.replace(temporary, record)
     except OSError:
         temporary.unlink(missing_ok=True)

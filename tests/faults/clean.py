@@ -34,6 +34,9 @@ TYPES = (
     *("TQ1_0", "TQ2_0", "MXFP4", "Q4_K_M", "Q5_K_M"),
 )
 
+# Mixtures of experts, in formats of every kind.
+EXPERTS = ("F32", "Q8_0", "Q4_K", "MXFP4", "Q4_K_M")
+
 # The reference's settings: llama.cpp's caches, attentions and batches.
 LLAMA: dict[str, dict[str, Any]] = {
     "f32 cache": {},
@@ -85,6 +88,8 @@ def pairs(engines: Engines, quick: bool) -> Iterator[tuple[str, Dump, Dump]]:
     )
     if not quick:
         yield "prefill against decode", engines.dump("scarlet", tokens, 4), engines.dump("scarlet", tokens)
+        portable = engines.dump("scarlet", tokens, implementation="portable")
+        yield "kernels against portable code", engines.dump("scarlet", tokens), portable
 
 
 def main() -> None:
@@ -98,8 +103,11 @@ def main() -> None:
     counts: collections.Counter[str] = collections.Counter()
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        for qtype in args.types.split(","):
-            path = synth.write(Path(folder) / f"{qtype}.gguf", models.PACKABLE, qtype, seed=7)
+        types = args.types.split(",")
+        shapes = [(models.PACKABLE, qtype) for qtype in types]
+        shapes += [(models.PACKABLE_EXPERTS, qtype) for qtype in EXPERTS if qtype in types]
+        for shape, qtype in shapes:
+            path = synth.write(Path(folder) / f"{shape.arch}-{qtype}.gguf", shape, qtype, seed=7)
             engines, weights = Engines(path), ModelWeights(path)
             for (name, ours, reference), model in itertools.product(
                 pairs(engines, args.quick), (None, weights)
@@ -109,8 +117,8 @@ def main() -> None:
                 if report["exit"]:
                     how = "with the file" if model else "dumps only"
                     said = f"{report['verdict']} {report['first']} {report['cause']} {report['why']}"
-                    print(f"ALARM {qtype}, {name}, {how}: {said}", flush=True)
-            print(f"{qtype}: {dict(counts)} after {time.time() - start:.0f} s", flush=True)
+                    print(f"ALARM {shape.arch} {qtype}, {name}, {how}: {said}", flush=True)
+            print(f"{shape.arch} {qtype}: {dict(counts)} after {time.time() - start:.0f} s", flush=True)
             path.unlink()
     print(f"{sum(counts.values())} clean pairs: {dict(counts)}")
 

@@ -54,6 +54,41 @@ def test_coverage_remembers_other_models(record):
     assert ["attn_qkv", "Q6_K"] in report["verified_elsewhere"]
 
 
+PAIR = ("attn_qkv", "Q5_K")
+
+
+def test_the_record_holds_for_the_decoders_that_made_it(record):
+    audit._remember(record, {PAIR}, "a.gguf", "these")
+    assert audit._remember(record, {("output", "Q6_K")}, "b.gguf", "these") == {PAIR, ("output", "Q6_K")}
+    assert audit._remember(record, {("output", "Q6_K")}, "b.gguf", "others") == {("output", "Q6_K")}
+    assert audit._remember(record, set(), "a.gguf", "these") == set()
+
+
+def test_the_fingerprint_is_of_code_and_instruction_set(monkeypatch, tmp_path):
+    ops = tmp_path / "ops"
+    (ops / "cpu").mkdir(parents=True)
+    for name in ("quants.py", "cpu/decoders.h", "cpu/libscarlet_cpu.so"):
+        (ops / name).write_text(name)
+    monkeypatch.setattr(audit, "_OPS", ops)
+    seen = {audit.fingerprint()}
+    for name in ("quants.py", "cpu/decoders.h", "cpu/libscarlet_cpu.so"):
+        (ops / name).write_text(f"{name} changed")
+        seen.add(audit.fingerprint())
+    monkeypatch.setattr(audit.cpu, "isa", lambda: "another")
+    monkeypatch.setattr(audit.cpu, "unavailable", lambda: None)
+    seen.add(audit.fingerprint())
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", '{"decoders": "x"}', '{"attn_qkv Q6_K": "old"}', '{"verified": 3}']
+)
+def test_an_old_or_broken_record_only_forgets(record, text):
+    record.write_text(text)
+    assert audit._remember(record, {PAIR}, "a.gguf", "x") == {PAIR}
+    assert json.loads(record.read_text()) == {"decoders": "x", "verified": {"attn_qkv Q5_K": "a.gguf"}}
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF and no more")
