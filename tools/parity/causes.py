@@ -53,7 +53,8 @@ def _rank(found: Hypothesis) -> tuple[bool, int]:
 
 
 def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
-    case = _case(pair, tap)
+    with np.errstate(all="ignore"):
+        case = _case(pair, tap)
     if tap.metrics.not_finite[0]:
         return _not_finite(case)
     found = [*_variants(case), *_inner_variants(case), *structure.hypotheses(case, pair, Hypothesis)]
@@ -90,8 +91,7 @@ def _best(found: Sequence[Hypothesis]) -> Hypothesis:
 
 def _case(pair: Pair, tap: Tap) -> Case:
     op = graph.find(tap.op, tap.kind)
-    with np.errstate(all="ignore"):
-        tap = dataclasses.replace(tap, local=judge(pair, op, tap.layer, tap.kind, tap.name))
+    tap = dataclasses.replace(tap, local=judge(pair, op, tap.layer, tap.kind, tap.name))
     if any(pair.sampled):
         return _sampled_case(pair, tap, op)
     ours = np.asarray(pair.ours.taps[tap.name], np.float64)

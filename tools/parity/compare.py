@@ -65,7 +65,10 @@ def open_weights(model: Any) -> Any:
     if isinstance(model, str | os.PathLike):
         from scarlet_jax.tools.parity.weights import ModelWeights
 
-        return ModelWeights(Path(model))
+        weights = ModelWeights(Path(model))
+        if not any(key[0] is not None for key in weights):
+            raise BadInput(f"{model}: holds no layer's weights; expected the model that both engines ran")
+        return weights
     return model
 
 
@@ -79,9 +82,7 @@ class Comparison:
         if self.rows_cut:
             self._drop_states()
         if not self.alignment.matches:
-            raise BadInput(
-                f"the dumps share no tap: {_few(ours)} against {_few(reference)}; expected common names or a --map"
-            )
+            raise BadInput(_nothing_shared(ours, reference))
         self.views = tuple(
             align.Aligned(dump, self.alignment.matches, side)
             for dump, side in ((ours, "ours"), (reference, "reference"))
@@ -322,7 +323,8 @@ def _qtypes(ours: Dump, reference: Dump, weights: Any) -> dict[tuple[int | None,
     found = {parse(weight): qtype for dump in (ours, reference) for weight, qtype in dump.weights.values()}
     if weights is not None and hasattr(weights, "qtype"):
         found |= {key: weights.qtype(key) for key in weights}
-        found[None, "output"] = weights.qtype((None, "output"))
+        if (None, "output") in weights:  # a tied model's is its table
+            found[None, "output"] = weights.qtype((None, "output"))
     return found
 
 
@@ -376,6 +378,15 @@ def _guess_class(op: str, kind: str) -> str:
             return klass
     mixer = kind.split()[0]
     return mixer if mixer in ("ssm", "attention") else "head"
+
+
+def _nothing_shared(ours: Dump, reference: Dump) -> str:
+    name = next((name for name in reference if name in ours), None)
+    if name is None:
+        few = f"{_few(ours)} against {_few(reference)}"
+        return f"the dumps share no tap: {few}; expected common names or a --map"
+    shapes = f"{list(ours[name].shape)} against {list(reference[name].shape)}"
+    return f"no tap has the same shape in both dumps: {name} is {shapes}; expected two runs of one model on one prompt"
 
 
 def _few(dump: Sequence[str] | Dump) -> str:

@@ -66,7 +66,7 @@ class Dump(Mapping[str, np.ndarray]):
 
     def __post_init__(self) -> None:
         """Completes `order`: taps it does not name come last."""
-        named = [name for name in self.order if name in self.taps]
+        named = [name for name in self.order if isinstance(name, str) and name in self.taps]
         known = set(named)
         object.__setattr__(self, "order", named + [name for name in self.taps if name not in known])
 
@@ -147,7 +147,7 @@ def read_dump(path: str | os.PathLike[str]) -> Dump:
         arch=text.get("arch", ""),
         tokens=_tokens(path, text),
         order=_metadata_json(path, text, "order", list),
-        weights={k: tuple(v) for k, v in _metadata_json(path, text, "weights", dict).items()},
+        weights=_weights(path, text),
         config=_metadata_json(path, text, "config", dict),
     )
 
@@ -208,6 +208,18 @@ def _storable(name: str, value: Any) -> np.ndarray:
     if kind is None:
         raise BadInput(f"tap {name} has dtype {array.dtype}; expected floats or integers")
     return np.ascontiguousarray(array.astype(kind, copy=False)).reshape(array.shape)
+
+
+def _weights(path: str | os.PathLike[str], text: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    weights = _metadata_json(path, text, "weights", dict)
+    for tap, weight in weights.items():
+        if not (
+            isinstance(weight, list) and len(weight) == 2 and all(isinstance(word, str) for word in weight)
+        ):
+            raise BadInput(
+                f"{path}: metadata 'weights' of {tap} is {weight!r}; expected [weight name, quant type]"
+            )
+    return {tap: (name, qtype) for tap, (name, qtype) in weights.items()}
 
 
 def _tokens(path: str | os.PathLike[str], text: Mapping[str, str]) -> list[int]:

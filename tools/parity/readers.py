@@ -239,7 +239,7 @@ def _debug_tree(path: Path) -> Dump:
     """transformers' model_addition_debugger: a tree of modules, outputs in safetensors files beside it."""
     try:
         tree = json.loads(path.read_text())
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not a transformers debug tree ({_line(error)})") from None
     taps: dict[str, Any] = {}
     for module, output in _outputs(tree):

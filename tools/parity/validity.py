@@ -30,6 +30,7 @@ def check(
         _tokens(ours, reference)
         or _model(ours, reference)
         or _not_a_number(metrics)
+        or _nothing(taps, metrics)
         or _repeated(ours, "our dump")
         or _repeated(reference, "the reference")
         or _shifted(taps, reference, metrics)
@@ -72,6 +73,19 @@ def _not_a_number(metrics: Mapping[str, Metrics]) -> str | None:
             return f"the reference itself holds NaN or infinity, first in {name}"
         if m.not_finite[0]:
             return None
+    return None
+
+
+def _nothing(
+    taps: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], metrics: Mapping[str, Metrics]
+) -> str | None:
+    """A dump of zeros alone: buffers that nobody filled."""
+    if not any(m.size for m in metrics.values()):
+        return None
+    if all(m.norm == 0 for m in metrics.values()):
+        return "the reference is zero in every tap"
+    if len(metrics) > 2 and all(m.norm_ratio == 0 for m in metrics.values()):
+        return "our dump is zero in every tap"
     return None
 
 

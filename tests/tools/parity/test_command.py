@@ -63,6 +63,35 @@ def test_bad_input_is_one_line(capsys, flags):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda n, x: x[:, :5] if x.ndim == 2 else x[:, :1], "shape"),
+        (lambda n, x: x[:0], "[0, 48] against [40, 48]"),
+    ],
+)
+def test_other_shapes_are_one_line(files, capsys, change, says):
+    assert main(["parity", *files(a=changed(ours(), change), b=reference())]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("zero", ["a", "b"])
+def test_a_dump_that_nobody_filled_is_no_measurement(files, capsys, zero):
+    dumps = {"a": ours(), "b": reference()}
+    dumps[zero] = changed(dumps[zero], lambda n, x: 0 * x)
+    assert main(["parity", *files(**dumps)]) == 2
+    assert "zero in every tap" in capsys.readouterr().out
+
+
+def test_a_model_without_layers_is_one_line(files, capsys, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) + bytes(40))
+    assert main(["parity", *files(a=ours(), b=reference()), "--model", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_an_unwritable_report(files, capsys):
     assert main(["parity", *files(a=ours(), b=reference()), "--json", "/no/such/folder/r.json"]) == 2
     assert "/no/such/folder/r.json" in capsys.readouterr().err

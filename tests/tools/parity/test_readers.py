@@ -120,6 +120,28 @@ def test_broken_files_are_one_line(tmp_path, name, kind, taps):
     assert name in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"tokens": "[1,"},
+        {"tokens": '["a"]'},
+        {"weights": '{"x": 5}'},
+        {"weights": '{"x": ["w"]}'},
+        {"order": "3"},
+    ],
+)
+def test_odd_metadata_is_one_line(tmp_path, metadata):
+    save_file({"x": np.zeros((3, 3), np.float32)}, tmp_path / "a", {"format": "scarlet-taps/1"} | metadata)
+    with pytest.raises(BadInput, match=next(iter(metadata))):
+        read(tmp_path / "a")
+
+
+def test_endless_nesting_is_one_line(tmp_path):
+    (tmp_path / "a.json").write_text('{"a":' * 50000 + "1" + "}" * 50000)
+    with pytest.raises(BadInput, match="debug tree"):
+        read(tmp_path / "a.json")
+
+
 def test_missing_and_empty_places(tmp_path):
     with pytest.raises(BadInput, match="cannot be read"):
         read(tmp_path / "absent")
