@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from scarlet_jax.ops import implementations
+from scarlet_jax.ops.decay import log_decay
 from scarlet_jax.ops.einsum import einsum
 
 CHUNK = 64  # tokens solved together; the published kernels' choice, and llama.cpp's
@@ -45,7 +46,7 @@ def chunked(q, k, v, g, beta, state):
     chunk = min(CHUNK, 1 << (tokens - 1).bit_length())
     q, k, v, g, beta = (_chunks(x, chunk) for x in (q, k, v, g, beta))  # (B, n, Hv, chunk, ...)
 
-    decay = jnp.exp(_log_decay(g))
+    decay = jnp.exp(log_decay(g))
     since_start = jnp.exp(jnp.cumsum(g, axis=-1))[..., None]
     to_end = decay[..., -1, :, None]
 
@@ -64,17 +65,6 @@ def chunked(q, k, v, g, beta, state):
     per_chunk = (written, read, within, since_start * q, to_end * k, since_start[..., -1, 0])
     state, o = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), per_chunk))
     return _unchunk(o)[:, :tokens], state
-
-
-def _log_decay(g: jax.Array) -> jax.Array:
-    """Log of what is left at token i of what j wrote, (..., i, j): the sum of g over j < l <= i; -inf above.
-
-    Summed from j on, not as a difference of two running totals: those grow to hundreds where a head forgets
-    fast, and their difference would be left with a few digits.
-    """
-    chunk = g.shape[-1]
-    steps = jnp.where(jnp.tri(chunk, k=-1, dtype=bool), g[..., :, None], 0)
-    return jnp.where(jnp.tri(chunk, dtype=bool), jnp.cumsum(steps, axis=-2), -jnp.inf)
 
 
 def _check(q, k, v, g, beta, state):

@@ -94,6 +94,36 @@ class DeltaNet:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShortConv:
+    """A short causal convolution of every channel, between two gates."""
+
+    l_cache: int  # taps of the convolution
+    embedding_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2:
+    """Mamba-2: a short causal convolution, then a state space whose decay every token chooses, then a gated norm."""
+
+    conv_kernel: int
+    inner_size: int  # all heads together
+    state_size: int
+    group_count: int  # of heads that share what they write at and read from, and a norm
+    time_step_rank: int  # heads
+    layer_norm_rms_epsilon: float
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.inner_size // self.time_step_rank
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of the convolution: all heads, and where each group writes and reads."""
+        return self.inner_size + 2 * self.group_count * self.state_size
+
+
+@dataclasses.dataclass(frozen=True)
 class Dense:
     """SwiGLU feed-forward network."""
 
@@ -114,10 +144,10 @@ class MoE:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One layer: a mixer over tokens, then a feed-forward network, each behind an RMS norm."""
+    """One layer: a mixer over tokens, then a feed-forward network if there is one, each behind an RMS norm."""
 
-    mixer: Attention | DeltaNet
-    ffn: Dense | MoE
+    mixer: Attention | DeltaNet | ShortConv | Mamba2
+    ffn: Dense | MoE | None
     layer_norm_rms_epsilon: float
 
 

@@ -26,7 +26,7 @@ class Weights:
     ssm_conv1d: Array
     ssm_alpha: Weight
     ssm_beta: Weight
-    ssm_dt: Array
+    ssm_dt_bias: Array
     ssm_a: Array
     ssm_norm: Array
     ssm_out: Weight
@@ -82,7 +82,7 @@ def _mix_at_once(
 ) -> tuple[Array, State]:
     """In three calls: the projections of x, all that follows them, and the last projection."""
     projected = linear_many(x, w.attn_qkv, w.attn_gate, w.ssm_alpha, w.ssm_beta)
-    vectors = (w.ssm_conv1d, w.ssm_dt, w.ssm_a, w.ssm_norm)
+    vectors = (w.ssm_conv1d, w.ssm_dt_bias, w.ssm_a, w.ssm_norm)
     out, history, memory = implementations.call(
         "delta_net",
         *(*projected, *vectors, state.conv, state.memory, span.count),
@@ -166,7 +166,7 @@ def _by_value_head(q: Array, k: Array, cfg: config.DeltaNet) -> tuple[Array, Arr
 def _gates(w: Weights, x: Array, span: Span) -> tuple[Array, Array]:
     """Log decay g <= 0 and writing strength beta, (B, T, Hv); 0 for padding, so that it changes nothing."""
     alpha = tap("alpha", linear(x, w.ssm_alpha))
-    g = tap("gate", tap("a_softplus", jax.nn.softplus(alpha + w.ssm_dt)) * w.ssm_a)
+    g = tap("gate", tap("a_softplus", jax.nn.softplus(alpha + w.ssm_dt_bias)) * w.ssm_a)
     beta = tap("beta", linear(x, w.ssm_beta)[..., None])  # llama.cpp's (B, T, Hv, 1)
     beta = tap("beta_sigmoid", jax.nn.sigmoid(beta))[..., 0]
     real = span.real[:, :, None]

@@ -70,12 +70,16 @@ def weights(file: gguf.Gguf, arch: Arch, cfg: Config, *, mapped: bool = False) -
 
 
 def _block(tensors: _Tensors, index: int, cfg: Block, width: int) -> BlockWeights:
-    mixer, ffn = MIXERS[type(cfg.mixer)], FEED_FORWARDS[type(cfg.ffn)]
-    return BlockWeights(
-        attn_norm=tensors.array(f"blk.{index}.attn_norm.weight", (width,)),
-        mixer=tensors.group(f"blk.{index}.", mixer, cfg.mixer, width),
-        post_attention_norm=tensors.array(f"blk.{index}.post_attention_norm.weight", (width,)),
-        ffn=tensors.group(f"blk.{index}.", ffn, cfg.ffn, width),
+    mixer, prefix = MIXERS[type(cfg.mixer)], f"blk.{index}."
+    norm = tensors.array(f"{prefix}attn_norm.weight", (width,))
+    weights = BlockWeights(norm, tensors.group(prefix, mixer, cfg.mixer, width))
+    if cfg.ffn is None:
+        return weights
+    ffn = FEED_FORWARDS[type(cfg.ffn)]
+    return dataclasses.replace(
+        weights,
+        post_attention_norm=tensors.array(f"{prefix}post_attention_norm.weight", (width,)),
+        ffn=tensors.group(prefix, ffn, cfg.ffn, width),
     )
 
 
@@ -99,10 +103,9 @@ class _Tensors:
         taken = self._split_joined(prefix, joined, shapes)
         kinds = {field.name: field.type for field in dataclasses.fields(module.Weights)}
         for name, shape in shapes.items():
-            stem = name.split(".")[0]
-            if stem not in taken:
-                take = self.weight if kinds[stem].startswith("Weight") else self.array
-                taken[stem] = take(prefix + name, shape)
+            if (field := _field(name)) not in taken:
+                take = self.weight if kinds[field].startswith("Weight") else self.array
+                taken[field] = take(prefix + name, shape)
         return module.Weights(**taken)
 
     def _split_joined(self, prefix: str, joined: Mapping[str, Any], shapes: dict) -> dict[str, Weight]:
@@ -113,7 +116,7 @@ class _Tensors:
                 *experts, _, columns = shapes[next(iter(parts))]
                 shape = (*experts, sum(shapes[part][-2] for part in parts), columns)
                 for part, rows in parts.items():
-                    taken[part.split(".")[0]] = self.weight(prefix + whole, shape, rows)
+                    taken[_field(part)] = self.weight(prefix + whole, shape, rows)
         return taken
 
     def weight(self, name: str, shape: tuple[int, ...], rows: Rows = slice(None), biased: bool = True) -> Any:
@@ -188,6 +191,11 @@ def _consecutive(
         whole: dict(zip(parts, map(slice, cuts[whole][:-1], cuts[whole][1:]), strict=True))
         for whole, parts in fused.items()
     }
+
+
+def _field(name: str) -> str:
+    """The field of a Weights that holds a tensor: `shortconv.conv.weight` -> `shortconv_conv`."""
+    return name.removesuffix(".weight").replace(".", "_")
 
 
 def _place(tensor: gguf.Tensor, view: np.ndarray) -> jax.Array:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from scarlet_jax import attention, config, delta_net, ffn, moe, sampling, sharding
+from scarlet_jax import attention, config, delta_net, ffn, mamba2, moe, sampling, sharding, short_conv
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import implementations, matmul, norm
 from scarlet_jax.span import Span
@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from scarlet_jax.tokenizer import Tokenizer
 
 # The module of each mixer: its Weights, State, shapes, init_state and mix.
-MIXERS: dict[type, Any] = {config.Attention: attention, config.DeltaNet: delta_net}
+MIXERS: dict[type, Any] = {
+    config.Attention: attention,
+    config.DeltaNet: delta_net,
+    config.ShortConv: short_conv,
+    config.Mamba2: mamba2,
+}
 # The module of each feed-forward network: its Weights, shapes and feed_forward.
 FEED_FORWARDS: dict[type, Any] = {config.Dense: ffn, config.MoE: moe}
 
@@ -50,8 +55,8 @@ class BlockWeights:
 
     attn_norm: Array
     mixer: Any
-    post_attention_norm: Array
-    ffn: Any
+    post_attention_norm: Array | None = None
+    ffn: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +91,11 @@ def block(w: BlockWeights, x: Array, state: Any, span: Span, *, cfg: config.Bloc
     """One layer on the residual stream x f32 (B, T, D)."""
     normed = _norm(x, w.attn_norm, cfg.layer_norm_rms_epsilon, "attn_norm")
     mixed, state = MIXERS[type(cfg.mixer)].mix(w.mixer, normed, state, span, cfg=cfg.mixer)
-    x = tap("attn_residual", x + mixed)
+    x = x + mixed
+    if cfg.ffn is None:
+        return tap("l_out", x), state
+    assert w.post_attention_norm is not None
+    x = tap("attn_residual", x)
     normed = _norm(x, w.post_attention_norm, cfg.layer_norm_rms_epsilon, "attn_post_norm")
     return tap("l_out", x + FEED_FORWARDS[type(cfg.ffn)].feed_forward(w.ffn, normed, cfg=cfg.ffn)), state
 

@@ -150,7 +150,7 @@ def _delta_net(cfg: config.DeltaNet, w: delta_net.Weights, parts: int) -> Plan:
         axis=1,
     )
     rows = {"attn_qkv": channels, "ssm_conv1d": channels, "attn_gate": _widened(values, dim)}
-    rows |= dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_dt", "ssm_a"), values)
+    rows |= dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_dt_bias", "ssm_a"), values)
     local = dataclasses.replace(cfg, group_count=keys.shape[1], time_step_rank=values.shape[1])
     columns = {"ssm_out": _widened(values, dim)}
     state = delta_net.State(conv=_THIRD, memory=_SECOND)
@@ -238,7 +238,13 @@ class Spread:
 
 
 def spread(weights: Any, cfg: config.Config, mesh: Mesh) -> Spread:
-    """Cut a model's weights, arrays on the host (mapped from a file, say), and put each part on its device."""
+    """Cut a model's weights, arrays on the host (mapped from a file, say), and put each part on its device.
+
+    Raises BadInput for a model with layers that nobody has said how to cut.
+    """
+    kinds = {type(part) for block in cfg.blocks for part in (block.mixer, block.ffn)}
+    if unplanned := sorted(kind.__name__ for kind in kinds - set(_PLANS)):
+        raise BadInput(f"mesh: {cfg.architecture} has layers that cannot be spread: {', '.join(unplanned)}")
     parts = mesh.devices.size
     place = functools.partial(_place, mesh=mesh)
     blocks, configs, states = [], [], []

@@ -74,6 +74,29 @@ SCALED_ROPE = dataclasses.replace(
     rope_scaling=(*_YARN, ("attn_factor", 1.25)),
 )  # fmt: skip
 
+# Layers with a memory of fixed size, alone or among those with attention.
+RECURRENT_SHAPES = {
+    "lfm2": Shape(
+        arch="lfm2", block_count=4, embedding_length=96, feed_forward_length=112, vocab_size=331, tied=True,
+        head_count=6, head_count_kv=2, key_length=16, dimension_count=16, freq_base=1e4,
+        conv_kernel=3, recurrent_layers=(True, True, False, True),
+    ),
+    "lfm2-untied": Shape(
+        arch="lfm2", block_count=3, embedding_length=80, feed_forward_length=144, vocab_size=347, tied=False,
+        head_count=2, head_count_kv=2, key_length=40, dimension_count=40, freq_base=1e6,
+        conv_kernel=5, recurrent_layers=(False, True, True), layer_norm_rms_epsilon=1e-5,
+    ),
+    "mamba2": Shape(
+        arch="mamba2", block_count=3, embedding_length=48, feed_forward_length=0, vocab_size=353, tied=False,
+        conv_kernel=4, state_size=20, group_count=2, time_step_rank=6, ssm_head_length=16,
+    ),
+    "mamba2-tied": Shape(
+        arch="mamba2", block_count=2, embedding_length=60, feed_forward_length=0, vocab_size=337, tied=True,
+        conv_kernel=4, state_size=32, group_count=1, time_step_rank=5, ssm_head_length=24,
+        layer_norm_rms_epsilon=1e-5,
+    ),
+}  # fmt: skip
+
 # Experts of every kind: with a shared one of another size, with gate and up in one tensor, with scales.
 _EXPERTS = dataclasses.replace(
     SHAPES["untied"], arch="qwen35moe", block_count=3, expert_count=11, expert_used_count=3,
@@ -122,6 +145,16 @@ PACKABLE = Shape(
     dimension_count=32, dimension_sections=(6, 5, 5, 0),
     conv_kernel=4, state_size=32, group_count=2, time_step_rank=8,
 )  # fmt: skip
+
+PACKABLE_RECURRENT = {
+    "lfm2": dataclasses.replace(
+        RECURRENT_SHAPES["lfm2"], block_count=2, embedding_length=256, feed_forward_length=512, head_count=4,
+        key_length=64, dimension_count=64, recurrent_layers=(True, False),
+    ),
+    "mamba2": dataclasses.replace(
+        RECURRENT_SHAPES["mamba2"], block_count=2, embedding_length=256, time_step_rank=8, ssm_head_length=64,
+    ),
+}  # fmt: skip
 
 PACKABLE_EXPERTS = dataclasses.replace(
     PACKABLE, arch="qwen35moe", block_count=2, expert_count=6, expert_used_count=2,

@@ -75,6 +75,8 @@ class Family:
     ffn_norm: str = "ffn_norm"
     grouped: bool = False  # delta net: the value heads of a key head follow each other
     taps: Mapping[str, str] = dataclasses.field(default_factory=dict)  # llama.cpp's names, where not qwen35's
+    recurrent: str = "delta_net"  # what a layer without attention is
+    output_norm: str = "output_norm"
 
 
 QWEN35 = Family("imrope", gated=True, ffn_norm="post_attention_norm")
@@ -96,6 +98,24 @@ FAMILIES = {
     "qwen3": Family("neox", taps=_PLAIN_TAPS),
     "qwen3moe": Family("neox", taps=_PLAIN_TAPS),
     "qwen2": Family("neox", taps=_PLAIN_TAPS),
+    "lfm2": Family(
+        "neox",
+        taps={
+            "model.input_embed": "model.embed_tokens",
+            "attn_norm": "model.layers.{}.operator_norm",
+            "attn_post_norm": "model.layers.{}.ffn_out",  # a second name, in the place of the feed-forward's
+            "attn_pregate": "kqv_out",
+            "attn_output": "model.layers.{}.self_attn.out_proj",
+            "Qcur_reshaped": "Qcur",  # before norm and rotation
+            "Qcur_normed": "model.layers.{}.self_attn.q_layernorm",
+            "Kcur_normed": "model.layers.{}.self_attn.k_layernorm",
+            **{name: f"{name}_rope" for name in ("Qcur", "Kcur")},
+            **{f"conv_{part}": f"model.layers.{{}}.conv.{part}" for part in ("in_proj", "conv", "out_proj")},
+        },
+        recurrent="short_conv",
+        output_norm="token_embd_norm",
+    ),
+    "mamba2": Family("none", taps=_PLAIN_TAPS, recurrent="mamba2"),
     "llama": Family("norm", taps=_PLAIN_TAPS | {"attn_output": "attn_out"}),
 }
 
@@ -138,6 +158,9 @@ class Model:
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether a trunk layer is a delta net: by the list if there is one, else by the interval."""
+        heads = self.key("attention.head_count", 0, layer=layer)
+        if self.key("attention.head_count_kv", heads, layer=layer) == 0:
+            return True
         if self.key("ssm.conv_kernel", 0) == 0:
             return False
         listed = self.key("attention.recurrent_layers", [])
@@ -351,14 +374,19 @@ def forward(
     x = tap("model.input_embed", embedding[np.asarray(tokens)])
     for i in range(model.trunk_layers):
         h = tap(f"attn_norm-{i}", rms(x, eps) * weights[f"blk.{i}.attn_norm.weight"])
+        recurrent = RECURRENT[family.recurrent]
         mixed = (
-            delta_net(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap)
+            recurrent(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap)
         )
-        x = tap(f"attn_residual-{i}", x + mixed)
+        x = x + mixed
+        if not (model.key("feed_forward_length", 0, layer=i) or model.key("expert_count", 0)):
+            tap(f"l_out-{i}", x)
+            continue
+        tap(f"attn_residual-{i}", x)
         normed = tap(f"norm-{i}", rms(x, eps))
         h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.{family.ffn_norm}.weight"])
         x = tap(f"l_out-{i}", x + (moe if model.key("expert_count", 0) else ffn)(model, h, i, tap))
-    x = tap("norm", rms(x, eps)) * weights["output_norm.weight"]
+    x = tap("norm", rms(x, eps)) * weights[f"{family.output_norm}.weight"]
     tap("h_nextn", x)
     tap("result_norm", x)
     logits = model.linear("output", x) if "output.weight" in weights else x @ embedding.T
@@ -598,3 +626,56 @@ def by_key_head(model: Model, x: np.ndarray, widths: list[int]) -> list[np.ndarr
     """Parts of those widths, where each key head has its share of every part in x (T, Hk sum(widths))."""
     groups = x.reshape(len(x), model.key("ssm.group_count"), -1)
     return [part.reshape(len(x), -1) for part in np.split(groups, np.cumsum(widths)[:-1], axis=-1)]
+
+
+def short_conv(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """A causal convolution of every channel between two gates (LFM2): h (T, D) -> (T, D)."""
+    b, c, x = np.split(tap(f"conv_in_proj-{i}", model.linear(f"blk.{i}.shortconv.in_proj", h)), 3, axis=-1)
+    kernel = model.weights[f"blk.{i}.shortconv.conv.weight"]
+    padded = np.concatenate([np.zeros((kernel.shape[1] - 1, h.shape[1])), b * x])
+    tap.state(f"history-{i}", padded[len(h) :])
+    convolved = tap(f"conv_conv-{i}", causal_conv(padded, kernel))
+    return tap(f"conv_out_proj-{i}", model.linear(f"blk.{i}.shortconv.out_proj", c * convolved))
+
+
+def mamba2(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """A convolution, a state space, a gated norm (Dao and Gu, 2024): h (T, D) -> (T, D)."""
+    T, weights, prefix = len(h), model.weights, f"blk.{i}.ssm_"
+    W, inner, N, G, H = (
+        model.key(f"ssm.{name}")
+        for name in ("conv_kernel", "inner_size", "state_size", "group_count", "time_step_rank")
+    )
+    projected = tap(f"ssm_in-{i}", model.linear(f"{prefix}in", h))
+    z, channels, dt = np.split(projected, [inner, 2 * inner + 2 * G * N], axis=-1)
+    padded = np.concatenate([np.zeros((W - 1, channels.shape[1])), channels])
+    tap.state(f"history-{i}", padded[T:])
+    convolved = causal_conv(padded, weights[f"{prefix}conv1d.weight"]) + weights[f"{prefix}conv1d.bias"]
+    activated = tap(f"ssm_conv_silu-{i}", silu(tap(f"ssm_conv-{i}", convolved)))
+    x, b, c = np.split(activated, [inner, inner + G * N], axis=-1)
+    x, b, c = x.reshape(T, H, inner // H), b.reshape(T, G, N), c.reshape(T, G, N)
+    dt = tap(f"dt_softplus-{i}", softplus(dt + weights[f"{prefix}dt.bias"]))
+
+    y, memory = state_space(x, dt, weights[f"{prefix}a"][:, 0], b, c)
+    tap.state(f"memory-{i}", memory)
+    y = tap(f"mamba2_y_add_d-{i}", y + weights[f"{prefix}d"] * x)
+    eps = model.key("attention.layer_norm_rms_epsilon")
+    normed = tap(f"norm-{i}", rms((y.reshape(T, inner) * silu(z)).reshape(T, G, inner // G), eps))
+    out = (normed * weights[f"{prefix}norm.weight"]).reshape(T, inner)
+    return tap(f"mamba_out-{i}", model.linear(f"{prefix}out", out))
+
+
+def state_space(
+    x: np.ndarray, dt: np.ndarray, a: np.ndarray, b: np.ndarray, c: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """x (T, H, P), dt (T, H), a (H,), b and c (T, G, N) -> outputs (T, H, P) and the last state (H, P, N)."""
+    T, H, P = x.shape
+    group = np.arange(H) // (H // b.shape[1])
+    state, outputs = np.zeros((H, P, b.shape[2])), np.empty_like(x)
+    for t in range(T):
+        written = dt[t][:, None, None] * x[t][:, :, None] * b[t][group][:, None, :]
+        state = np.exp(dt[t] * a)[:, None, None] * state + written
+        outputs[t] = np.einsum("hpn,hn->hp", state, c[t][group])
+    return outputs, state
+
+
+RECURRENT = {"delta_net": delta_net, "short_conv": short_conv, "mamba2": mamba2}

@@ -314,8 +314,8 @@ def _config_facts(cfg: Config) -> Iterator[tuple[str, str]]:
     symbols = dict(zip(dict.fromkeys(order), _SYMBOLS, strict=False))
     legend = "  ".join(f"{symbol} {order.count(kind)} {kind}" for kind, symbol in symbols.items())
     yield "blocks", "".join(symbols[kind] for kind in order) + "  " + legend
-    yield "model", " · ".join(_words(cfg, exclude=("architecture", "name", "blocks", "nextn")))
-    parts = [block.mixer for block in cfg.blocks] + [block.ffn for block in cfg.blocks]
+    yield "model", " · ".join(_words(cfg, exclude=("architecture", "name", "blocks", "nextn", "taps")))
+    parts = [block.mixer for block in cfg.blocks] + [block.ffn for block in cfg.blocks if block.ffn]
     for part in dict.fromkeys(parts):
         yield _kind(part), " · ".join(_words(part, exclude=("layer_norm_rms_epsilon",)))
 

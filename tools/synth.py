@@ -69,6 +69,7 @@ class Shape:
     state_size: int = 128
     group_count: int = 2
     time_step_rank: int = 6
+    ssm_head_length: int = 0
     nextn_predict_layers: int = 0
     tied: bool = True
     expert_count: int = 0
@@ -86,8 +87,8 @@ class Shape:
 
     @property
     def inner_size(self) -> int:
-        """Width of the delta net's values, Hv Dv."""
-        return self.time_step_rank * self.state_size
+        """Width of the delta net's values, Hv Dv, or of Mamba-2's heads."""
+        return self.time_step_rank * (self.ssm_head_length or self.state_size)
 
     @property
     def conv_channels(self) -> int:
@@ -153,6 +154,10 @@ SIZES = {
         arch="qwen2", head_count=4, dimension_count=64, biases=("attn_q", "attn_k", "attn_v")
     ),
     ("llama", "tiny"): Shape(arch="llama", head_count=4, dimension_count=64, tied=False, freq_factors=True),
+    ("lfm2", "tiny"): Shape(arch="lfm2", head_count=4, dimension_count=64, full_attention_interval=3),
+    ("mamba2", "tiny"): Shape(
+        arch="mamba2", feed_forward_length=0, state_size=64, time_step_rank=8, ssm_head_length=64
+    ),
     ("qwen35moe", "tiny"): _with_experts(Shape(), 16, 4, 256),
     ("qwen3next", "tiny"): _with_experts(Shape(), 16, 4, 256, arch="qwen3next"),
     ("qwen35moe", "35b-a3b"): _with_experts(_published(40, 2048, 0, 16, 2, 32, tied=False), 256, 8, 512),
@@ -420,20 +425,61 @@ def _with_biases(s: Shape, stems: Stems) -> Stems:
     return stems | biases
 
 
-def _decoder_tensors(s: Shape, *, head_norm: bool) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
-    """Attention and a dense network, or a mixture of experts, in every layer."""
+def _short_conv(s: Shape, out_gain: float) -> Stems:
+    """A gated short convolution: three products of the input are multiplied, so each is not far from one."""
+    width = s.embedding_length
+    return {
+        "shortconv.in_proj.weight": ((3 * width, width), _matrix()),
+        "shortconv.conv.weight": ((width, s.conv_kernel), _matrix(1.5)),
+        "shortconv.out_proj.weight": ((width, width), _matrix(out_gain)),
+    }
+
+
+def _mamba2(s: Shape, out_gain: float) -> Stems:
+    width, heads, groups, inner = s.embedding_length, s.time_step_rank, s.group_count, s.inner_size
+    channels = inner + 2 * groups * s.state_size
+    return {
+        "ssm_in.weight": ((inner + channels + heads, width), _matrix()),
+        "ssm_conv1d.weight": ((channels, s.conv_kernel), _matrix(1.5)),
+        "ssm_conv1d.bias": ((channels,), _spread(0.5)),
+        "ssm_dt.bias": ((heads,), _time_step_bias),
+        "ssm_a": ((heads, 1), _decay),
+        "ssm_d": ((heads, 1), _around(1.0)),
+        "ssm_norm.weight": ((groups, inner // groups), _around(1.0)),
+        "ssm_out.weight": ((width, inner), _matrix(out_gain)),
+    }
+
+
+Mixer = Callable[[Shape, int, float], Stems]  # (shape, layer, out_gain) -> its tensors
+
+
+def _every_layer(head_norm: bool) -> Mixer:
+    return lambda s, _i, out_gain: _plain_attention(s, out_gain, head_norm=head_norm)
+
+
+def _lfm2_layer(s: Shape, i: int, out_gain: float) -> Stems:
+    return _short_conv(s, out_gain) if s.is_recurrent(i) else _plain_attention(s, out_gain, head_norm=True)
+
+
+def _decoder_tensors(
+    s: Shape, mixer: Mixer, output_norm: str = "output_norm"
+) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
+    """A mixer in every layer, and a dense network or a mixture of experts where it has a size."""
     width = s.embedding_length
     out_gain = 2 * RESIDUAL / math.sqrt(2 * s.block_count)
     yield "token_embd.weight", (s.vocab_size, width), _matrix(LOGIT_SPREAD)
     if s.freq_factors:
         yield "rope_freqs.weight", (s.dimension_count // 2,), _around(3.0)
     for i in range(s.block_count):
-        norms = {f"{stem}.weight": ((width,), _around(1.0)) for stem in ("attn_norm", "ffn_norm")}
         ffn = _moe_ffn(s, out_gain) if s.expert_count else _dense_ffn(s, out_gain)
-        layer = _plain_attention(s, out_gain, head_norm=head_norm) | ffn
+        ffn = ffn if s.expert_count or s.feed_forward_length else {}
+        norms = {
+            f"{stem}.weight": ((width,), _around(1.0)) for stem in ("attn_norm", "ffn_norm")[: 1 + bool(ffn)]
+        }
+        layer = mixer(s, i, out_gain) | ffn
         for stem, (shape, draw) in (norms | _with_biases(s, layer)).items():
             yield f"blk.{i}.{stem}", shape, draw
-    yield "output_norm.weight", (width,), _around(1.0)
+    yield f"{output_norm}.weight", (width,), _around(1.0)
     if not s.tied:
         yield "output.weight", (s.vocab_size, width), _matrix(LOGIT_SPREAD)
 
@@ -457,7 +503,27 @@ def _decoder_metadata(s: Shape) -> dict[str, Any]:
 
 
 def _decoder(*, head_norm: bool) -> Arch:
-    return Arch(_decoder_metadata, lambda s: _decoder_tensors(s, head_norm=head_norm))
+    return Arch(_decoder_metadata, lambda s: _decoder_tensors(s, _every_layer(head_norm)))
+
+
+def _mamba2_metadata(s: Shape) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "block_count": s.block_count,
+        "context_length": s.context_length,
+        "embedding_length": s.embedding_length,
+        "feed_forward_length": 0,
+        "attention.head_count": 0,
+        "attention.layer_norm_rms_epsilon": s.layer_norm_rms_epsilon,
+    }
+    sizes = ("conv_kernel", "inner_size", "state_size", "group_count", "time_step_rank")
+    ssm = {f"ssm.{size}": getattr(s, size) for size in sizes}
+    return {f"{s.arch}.{key}": value for key, value in (keys | ssm).items()}
+
+
+def _lfm2_metadata(s: Shape) -> dict[str, Any]:
+    kv_heads = [0 if s.is_recurrent(i) else s.head_count_kv for i in range(s.block_count)]
+    special = {"shortconv.l_cache": s.conv_kernel, "attention.head_count_kv": kv_heads}
+    return _decoder_metadata(s) | {f"lfm2.{key}": value for key, value in special.items()}
 
 
 ARCHS = {
@@ -468,6 +534,10 @@ ARCHS = {
     "qwen3moe": _decoder(head_norm=True),
     "qwen2": _decoder(head_norm=False),
     "llama": _decoder(head_norm=False),
+    "mamba2": Arch(
+        _mamba2_metadata, lambda s: _decoder_tensors(s, lambda s, _i, out_gain: _mamba2(s, out_gain))
+    ),
+    "lfm2": Arch(_lfm2_metadata, lambda s: _decoder_tensors(s, _lfm2_layer, "token_embd_norm")),
 }
 
 
@@ -553,6 +623,7 @@ def _stays_f32(name: str, shape: tuple[int, ...]) -> bool:
         or not name.endswith(".weight")
         or name.endswith("_norm.weight")
         or "ssm_conv1d" in name
+        or "shortconv.conv" in name
         or "ffn_gate_inp" in name
     )
 

@@ -129,7 +129,25 @@ class _Renamed(Mapping[str, Any]):
         return len(self._names)
 
 
+# llama.cpp's lfm2: transformers' modules, where the layer's number was meant to be put into the name; `Qcur` and
+# `Kcur` are the projections.
+_LFM2_MODULES = {
+    "operator_norm": "attn_norm",
+    "ffn_out": "attn_post_norm",
+    "self_attn.q_layernorm": "Qcur_normed",
+    "self_attn.k_layernorm": "Kcur_normed",
+    "self_attn.out_proj": "attn_output",
+    **{f"conv.{part}": f"conv_{part}" for part in ("in_proj", "conv", "out_proj")},
+}
+LFM2 = {f"model.layers.{{}}.{theirs}-{{}}": f"{ours}-{{}}" for theirs, ours in _LFM2_MODULES.items()} | {
+    **{f"{head}-{{}}": f"{head}_projected-{{}}" for head in ("Qcur", "Kcur")},
+    **{f"{head}_rope-{{}}": f"{head}-{{}}" for head in ("Qcur", "Kcur")},
+}
+
+
 def _built_in(dump: Dump) -> dict[str, str]:
+    if any(name.startswith("model.layers.{}") for name in dump):
+        return LLAMA | LFM2
     modules = any(re.search(r"layers\.\d+", name) for name in dump)
     if modules:
         return dict(TRANSFORMERS)

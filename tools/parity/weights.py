@@ -10,8 +10,6 @@ import numpy as np
 
 from scarlet_jax.errors import BadInput
 
-_GLOBAL = {"token_embd": "token_embd.weight", "output": "output.weight", "output_norm": "output_norm.weight"}
-
 
 class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
     """(layer, stem) -> f32 array (out, in); decoded at each access, the last few kept.
@@ -29,10 +27,9 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
     def tensor_name(self, key: tuple[int | None, str]) -> str:
         """The file's name of a weight; a model without `output.weight` is tied."""
         layer, stem = key
-        if layer is None:
-            name = _GLOBAL.get(stem, stem)
-            return "token_embd.weight" if name == "output.weight" and name not in self._file.tensors else name
-        prefix = f"blk.{layer}.{'attn_qkv' if self._fused(key) else stem}"
+        if key == (None, "output") and "output.weight" not in self._file.tensors:
+            return "token_embd.weight"
+        prefix = stem if layer is None else f"blk.{layer}.{'attn_qkv' if self._fused(key) else stem}"
         return next((n for n in (f"{prefix}.weight", prefix) if n in self._file.tensors), f"{prefix}.weight")
 
     def raw(self, key: tuple[int | None, str]) -> tuple[np.ndarray, str]:
