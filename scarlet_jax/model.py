@@ -291,6 +291,10 @@ class SpreadPrograms(Programs):
         """Of text alone, and nobody sees a device's share of an activation."""
         if options.get("tapped"):
             raise BadInput(f"taps: the model is spread over {self._spread.mesh.size} devices; expected one")
+        if options.get("positions") is not None:
+            raise BadInput(
+                f"positions: the model is spread over {self._spread.mesh.size} devices; expected one"
+            )
         run = self._trunk_in_place if options.get("in_place") else self._trunk
         return run(self.weights, tokens, count, state)
 
@@ -316,19 +320,21 @@ class Piece(NamedTuple):
     tokens: np.ndarray
     count: np.ndarray
     width: int  # the longest count
+    positions: np.ndarray | None = None  # (4, B, bucket), where they are not plain text's
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a caller passed as tokens: int32 (B, T), zero-padded, lengths (B,), and whether it was one row."""
+    """What a caller passed: int32 tokens (B, T), zero-padded, lengths (B,), whether it was one row, positions."""
 
     tokens: np.ndarray
     lengths: np.ndarray
     single: bool
+    positions: np.ndarray | None = None  # int32 (4, B, T)
 
     @classmethod
-    def of(cls, tokens: Any, vocabulary_size: int) -> Batch:
-        """Check ids and lengths; BadInput for an empty sequence or an id outside the vocabulary."""
+    def of(cls, tokens: Any, vocabulary_size: int, positions: Any = None) -> Batch:
+        """Check ids, lengths and positions; BadInput for an empty sequence or an id outside the vocabulary."""
         single = np.ndim(tokens[0]) == 0 if len(tokens) else True
         rows = [np.asarray(row) for row in ([tokens] if single else tokens)]
         if not all(row.size for row in rows):
@@ -338,7 +344,8 @@ class Batch:
         padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
         for target, row in zip(padded, rows, strict=True):
             target[: len(row)] = row
-        return cls(padded, np.array([len(row) for row in rows], np.int32), single)
+        lengths = np.array([len(row) for row in rows], np.int32)
+        return cls(padded, lengths, single, _components(positions, padded.shape, single))
 
     def pieces(self) -> Iterator[Piece]:
         """At most PIECE tokens at a time, padded to a power of two."""
@@ -346,10 +353,12 @@ class Batch:
             part = self.tokens[:, start : start + PIECE]
             width = part.shape[1]
             padding = (1 << (width - 1).bit_length()) - width
+            pad = lambda x, padding=padding: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padding)])  # noqa: E731
             yield Piece(
-                np.pad(part, ((0, 0), (0, padding))),
+                pad(part),
                 np.clip(self.lengths - start, 0, width).astype(np.int32),
                 width,
+                None if self.positions is None else pad(self.positions[..., start : start + width]),
             )
 
 
@@ -361,6 +370,24 @@ def _check_ids(row: np.ndarray, vocabulary_size: int) -> None:
         raise BadInput(
             f"tokens: id {outside[0]} is outside the vocabulary; expected 0 to {vocabulary_size - 1}"
         )
+
+
+def _components(positions: Any, shape: tuple[int, int], single: bool) -> np.ndarray | None:
+    """Positions (3 or 4, T), or (3 or 4, B, T) for tokens of that shape, as int32 (4, B, T): a fourth is zero."""
+    if positions is None:
+        return None
+    given = np.asarray(positions)
+    each = shape[1:] if single else shape
+    if given.shape not in {(3, *each), (4, *each)} or not np.issubdtype(given.dtype, np.integer):
+        raise BadInput(
+            f"positions: {given.dtype} of shape {given.shape}; expected integers (time, height, width, and maybe a "
+            f"fourth) of shape {(3, *each)} or {(4, *each)}"
+        )
+    if given.min() < 0:
+        raise BadInput(f"positions: {given.min()}; expected 0 and above")
+    whole = np.zeros((4, *shape), np.int32)
+    whole[: len(given)] = given.reshape(len(given), *shape)
+    return whole
 
 
 class Model:
@@ -414,15 +441,17 @@ class Model:
         return Tokenizer.from_gguf(self.gguf)
 
     def forward(
-        self, tokens: Any, state: State | None = None, *, consume: bool = False
+        self, tokens: Any, state: State | None = None, *, consume: bool = False, positions: Any = None
     ) -> tuple[Array, State]:
         """Logits after every token, f32 (T, V), or (B, T, V) for several sequences, and the state.
 
         Rows past the end of a shorter sequence are undefined. With `consume` the buffers of `state` are reused,
-        which spares a copy of the cache; it is gone after.
+        which spares a copy of the cache; it is gone after. `positions`, integers (3 or 4, T) or (3 or 4, B, T),
+        are each token's time, height and width, and perhaps a fourth component, where there is more than text:
+        text after an image is not at its place in the sequence either, so its calls say positions as well.
         """
         own = state is None or consume  # nobody else holds it: its buffers may be reused
-        batch, state = self._enter(tokens, state)
+        batch, state = self._enter(tokens, state, positions)
         logits = []
         for piece in batch.pieces():
             hidden, state, _ = self._trunk(piece, state, in_place=own)
@@ -432,14 +461,14 @@ class Model:
         return (joined[0] if batch.single else joined), state
 
     def last_logits(
-        self, tokens: Any, state: State | None = None, *, consume: bool = False
+        self, tokens: Any, state: State | None = None, *, consume: bool = False, positions: Any = None
     ) -> tuple[Array, State]:
         """Logits after the last token only, f32 (V,) or (B, V), and the state: what generation needs.
 
-        `consume` as in `forward`.
+        `consume` and `positions` as in `forward`.
         """
         own = state is None or consume
-        batch, state = self._enter(tokens, state)
+        batch, state = self._enter(tokens, state, positions)
         last = np.zeros((len(batch.lengths), self.config.embedding_length), np.float32)
         for piece in batch.pieces():
             hidden, state, _ = self._trunk(piece, state, in_place=own)
@@ -521,9 +550,9 @@ class Model:
         """An empty state, with room for `slots` tokens a sequence (it grows when they run out)."""
         return self.programs.init_state(batch, _bucket(slots), self.kv_dtype)
 
-    def _enter(self, tokens: Any, state: State | None) -> tuple[Batch, State]:
+    def _enter(self, tokens: Any, state: State | None, positions: Any = None) -> tuple[Batch, State]:
         """The checked batch, and a state with room for it."""
-        batch = Batch.of(tokens, self.config.vocabulary_size)
+        batch = Batch.of(tokens, self.config.vocabulary_size, positions)
         rows = len(batch.lengths)
         if state is None:
             state = self.init_state(rows, int(batch.lengths.max()))
@@ -546,7 +575,7 @@ class Model:
         return jax.tree.map(copy, self.programs.init_state(*size), state)
 
     def _trunk(self, piece: Piece, state: State, **options: Any) -> Traced:
-        return self.programs.trunk(piece.tokens, piece.count, state, **options)
+        return self.programs.trunk(piece.tokens, piece.count, state, positions=piece.positions, **options)
 
     def _head(self, hidden: ArrayLike, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
         return self.programs.head(hidden, tapped)

@@ -315,6 +315,66 @@ def test_each_setting_of_a_stretched_rotation_counts(setting):
     assert relative_l2(ours.forward(ids)[0], oracle.forward(path(SCALED_ROPE), ids)[0]) > 100 * TOLERANCE
 
 
+def image_positions(before, rows, columns, after):
+    """Text, an image of rows x columns, and text that goes on from the image's longer side: (3, T)."""
+    image = np.indices((1, rows, columns)).reshape(3, -1) + before
+    rest = np.arange(after) + before + max(rows, columns)
+    return np.concatenate([np.tile(np.arange(before), (3, 1)), image, np.tile(rest, (3, 1))], axis=1)
+
+
+@every_implementation
+@every_shape
+def test_positions_of_an_image(shape, implementation):
+    """Against float64, in pieces too, and in a batch with text that starts elsewhere."""
+    ours = model(shape, implementation=implementation)
+    positions = image_positions(5, 4, 6, 20)
+    ids = tokens(shape, positions.shape[1])
+    fourth = np.concatenate([positions, 0 * positions[:1]])
+    truth = oracle.forward(path(shape), ids, positions=fourth)[0]
+    assert relative_l2(ours.forward(ids, positions=positions)[0], truth) < TOLERANCE
+    assert relative_l2(ours.forward(ids)[0], truth) > 100 * TOLERANCE  # text's would be wrong
+
+    _, state = ours.forward(ids[:17], positions=positions[:, :17])
+    last, _ = ours.last_logits(ids[17:], state, positions=positions[:, 17:])
+    assert relative_l2(last, truth[-1]) < TOLERANCE
+
+    later = fourth + 3
+    both = np.stack([fourth, later], axis=1)
+    together, _ = ours.forward(np.stack([ids, ids]), positions=both)
+    assert relative_l2(together[1], oracle.forward(path(shape), ids, positions=later)[0]) < TOLERANCE
+
+
+@every_shape
+def test_positions_of_an_image_against_transformers(shape):
+    torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
+    from scarlet_jax.tools.engines import transformers_model
+
+    positions = image_positions(3, 3, 5, 9)
+    ids = tokens(shape, positions.shape[1])
+    net = transformers_model.load(path(shape)).model
+    with torch.no_grad():
+        theirs = net(torch.tensor(ids[None]), position_ids=torch.tensor(positions[:, None])).logits[0].numpy()
+    fourth = np.concatenate([positions, 0 * positions[:1]])
+    truth = oracle.forward(path(shape), ids, positions=fourth)[0]
+    ours = np.asarray(model(shape).forward(ids, positions=positions)[0])
+    assert np.abs(ours - theirs).max() < 2e-4 + np.abs(theirs - truth).max()
+    assert np.abs(theirs - truth).max() < 1e-3  # in f32; another order of components is 1 and more
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        (np.zeros((2, 4), int), r"of shape \(2, 4\); expected integers .* of shape \(3, 4\) or \(4, 4\)"),
+        (np.zeros((3, 1, 4), int), r"of shape \(3, 1, 4\)"),
+        (np.zeros((3, 4)), "float64"),
+        (-np.ones((3, 4), int), "-1; expected 0 and above"),
+    ],
+)
+def test_positions_that_cannot_be(positions, expected):
+    with pytest.raises(BadInput, match=f"positions: .*{expected}"):
+        model(SHAPES["tied"]).forward([1, 2, 3, 4], positions=positions)
+
+
 @every_shape
 def test_greedy_tokens_equal_llama_cpp(shape):
     """Wherever its own two best logits are further apart than its own error."""
