@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -174,14 +175,14 @@ def _run_trunk(weights, tokens, count, state, positions, cfg, tapped, implementa
     if positions is not None:
         span = dataclasses.replace(span, positions=positions)
     x = embed(weights.token_embd, tokens)
-    seen = {cfg.tap_name("model.input_embed"): x} if tapped else {}
+    seen = OrderedDict({cfg.tap_name("model.input_embed"): x} if tapped else {})
     states = []
     for i, (w, mixer_state, block_cfg) in enumerate(
         zip(weights.blocks, state.blocks, cfg.blocks, strict=True)
     ):
         x, mixer_state, taps = step(w, x, mixer_state, span, block_cfg, tapped, implementation)
         states.append(mixer_state)
-        seen |= {f"{cfg.tap_name(name)}-{i}": value for name, value in taps.items()}
+        seen.update((f"{cfg.tap_name(name)}-{i}", value) for name, value in taps.items())
     return Traced(x, State(tuple(states), state.length + count), seen)
 
 

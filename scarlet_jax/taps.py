@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from scarlet_jax.types import Array
@@ -31,9 +32,9 @@ def listening() -> bool:
 
 
 @contextlib.contextmanager
-def collect(wanted: bool) -> Iterator[dict[str, Array]]:
+def collect(wanted: bool) -> Iterator[OrderedDict[str, Array]]:
     """Catch every tap of the code within, in order; with `wanted` false, none."""
-    taps: dict[str, Array] = {}
+    taps: OrderedDict[str, Array] = OrderedDict()  # jit returns the keys of a plain dict sorted
     token = _collector.set(taps if wanted else None)
     try:
         yield taps

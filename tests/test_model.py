@@ -241,6 +241,25 @@ def test_gradients_are_those_of_the_steps():
         assert relative_l2(a, b) < 1e-4  # sums of products of both signs, thousands of them: digits cancel
 
 
+def test_taps_come_in_the_order_of_execution():
+    """Not sorted by name, as jit returns the keys of a dict: each of these needs the one before."""
+    chain = (
+        "attn_norm",
+        "linear_attn_qkv_mixed",
+        "conv_input",
+        "conv_output_silu",
+        "attn_output",
+        "final_output",
+    )
+    chain += ("linear_attn_out", "attn_residual", "attn_post_norm", "ffn_out", "l_out")
+    taps = list(model(next(iter(SHAPES.values()))).taps([1, 2, 3]))
+    assert [name for name in taps if name.endswith("-0") and name[:-2] in chain] == [f"{n}-0" for n in chain]
+    layers = [int(name.rsplit("-", 1)[1]) for name in taps if re.search(r"-\d+$", name)]
+    assert layers == sorted(layers)
+    assert taps[0].endswith("input_embed")
+    assert taps[-1] == "result_output"
+
+
 def test_no_taps_is_the_program_without_the_calls(monkeypatch):
     m = model(SHAPES["untied"])
     state = m.init_state(1)
