@@ -147,7 +147,9 @@ struct Ready {
     if (fast != nullptr) return kFastTileRows;
     if (matrix != nullptr) return matrix->tile_rows;
     if (product.count > kFewRows) return kTileRows;
-    return rows_a_task(static_cast<int64_t>(row_bytes(type, product.elements)), 1 << 16, 4);
+    // Each stretch begins with memory that nothing asked for early: the fewer the better, but eight a thread.
+    const int64_t row = static_cast<int64_t>(row_bytes(type, product.elements));
+    return rows_a_task(row, std::clamp<int64_t>(row * product.rows / (8 * threads()), 1 << 16, 1 << 18), 4);
   }
   size_t scratch_floats(const Kernels& kernels) const {
     if (matrix != nullptr) return matrix->scratch_floats;

@@ -474,6 +474,18 @@ struct Grid : Plain {
   }
 };
 
+// Eight blocks of 34 bytes: a half, then 32 signed bytes, as a grid's rows are.
+struct Q8_0 : Grid<32> {
+  static constexpr int kBytes = 272, kAbreast = 1;
+  static SCARLET_INLINE F scales(const uint8_t* b) { return Eight<34>::factors(b, false); }
+  static SCARLET_INLINE I quants(const uint8_t* b, int v) {
+    const auto block = [&](int i) SCARLET_LAMBDA {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 34 * (2 * v + i) + 2));
+    };
+    return _mm512_inserti64x4(_mm512_castsi256_si512(block(0)), block(1), 1);
+  }
+};
+
 struct IQ2_XXS : Grid<32> {
   static constexpr int kBytes = 66;
   static SCARLET_INLINE F scales(const uint8_t* b) {
@@ -789,6 +801,7 @@ SCARLET_PLANAR(IQ4_NL, 32, 18)
 SCARLET_PLANAR(Q4_1, 32, 20)
 SCARLET_PLANAR(Q5_0, 32, 22)
 SCARLET_PLANAR(Q5_1, 32, 24)
+SCARLET_PLANAR(Q8_0, 32, 34)
 SCARLET_PLANAR(MXFP4, 32, 17)
 SCARLET_PLANAR(TQ1_0, 256, 54)
 SCARLET_PLANAR(Q1_0, 128, 18)
