@@ -42,5 +42,5 @@ TAPS = (
     ),
     *(("Qcur_reshaped", "Qcur"), ("Qcur", "Qcur_rope"), ("Kcur", "Kcur_rope"), ("attn_pregate", "kqv_out")),
 )
-# Outside the blocks' own: what is called an embedding's norm is the last one.
+# What is called an embedding's norm is the last one.
 ARCH = Arch("lfm2", config, common.NAMES | {"output_norm.weight": "token_embd_norm.weight"})

@@ -242,7 +242,7 @@ def spread(weights: Any, cfg: config.Config, mesh: Mesh) -> Spread:
 
     Raises BadInput for a model with layers that nobody has said how to cut.
     """
-    kinds = {type(part) for block in cfg.blocks for part in (block.mixer, block.ffn)}
+    kinds = {type(part) for block in cfg.blocks for part in (block.mixer, block.ffn) if part}
     if unplanned := sorted(kind.__name__ for kind in kinds - set(_PLANS)):
         raise BadInput(f"mesh: {cfg.architecture} has layers that cannot be spread: {', '.join(unplanned)}")
     parts = mesh.devices.size

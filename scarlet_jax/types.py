@@ -8,6 +8,9 @@
 Delta net: Hk key heads, Hv value heads, Dk key head dim, Dv value head dim, C convolution channels
 (2 Hk Dk + Hv Dv), W convolution taps.
 
+Mamba-2, where letters are its papers': H heads of P dims, G groups of R heads, N dims of state a group,
+C convolution channels (H P + 2 G N), W convolution taps.
+
 Shapes are written slow to fast, (B, T, D), and a matrix as GGUF stores it, (out, in).
 """
 

@@ -12,7 +12,7 @@ from support import relative_l2
 from test_model import TOLERANCE, assert_taps_agree, every_implementation
 
 import scarlet_jax
-from scarlet_jax import BadInput, configs, gguf
+from scarlet_jax import BadInput, configs, gguf, sharding
 from scarlet_jax import model as engine
 from scarlet_jax.tools import cli
 from scarlet_jax.tools.engines import llama_cpp
@@ -160,6 +160,12 @@ def test_what_cannot_be_is_refused_by_name(arch, key, value, expected):
     claims = gguf.Metadata(dict(file.metadata) | {f"{arch}.{key}": value}, file.path, file.tensors)
     with pytest.raises(BadInput, match=rf"'{arch}\..*' is .*{expected}"):
         configs.find(arch).config(claims)
+
+
+@pytest.mark.parametrize(("arch", "kind"), [("lfm2", "ShortConv"), ("mamba2", "Mamba2")])
+def test_a_mesh_is_refused_by_the_layer_s_name(arch, kind):
+    with pytest.raises(BadInput, match=f"{arch} has layers that cannot be spread: {kind}$"):
+        scarlet_jax.load(path(RECURRENT_SHAPES[arch]), mesh=sharding.mesh_of(1))
 
 
 @pytest.mark.parametrize("arch", ["lfm2", "mamba2"])
