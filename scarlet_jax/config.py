@@ -162,7 +162,7 @@ class Config:
     vocabulary_size: int
     layer_norm_rms_epsilon: float
     blocks: tuple[Block, ...]
-    nextn: tuple[Block, ...] = ()  # multi-token-prediction blocks, after the trunk's in the file
+    nextn: tuple[Block, ...] = ()  # prediction blocks (spec section 6), after the trunk's in the file
     taps: tuple[
         tuple[str, str], ...
     ] = ()  # our name of an activation, and this architecture's, where it differs

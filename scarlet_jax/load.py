@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from scarlet_jax import compiled, configs, gguf, sharding
+from scarlet_jax import compiled, configs, gguf, mtp, sharding
 from scarlet_jax.config import Arch, Block, Config
 from scarlet_jax.errors import BadInput
 from scarlet_jax.model import FEED_FORWARDS, MIXERS, BlockWeights, Model, Weights
@@ -58,15 +58,32 @@ def weights(file: gguf.Gguf, arch: Arch, cfg: Config, *, mapped: bool = False) -
     tensors = _Tensors(file, arch, mapped)
     table = (cfg.vocabulary_size, cfg.embedding_length)
     token_embd = tensors.weight("token_embd.weight", table, biased=False)
-    loaded = Weights(
+    trunk = Weights(
         token_embd=token_embd,
         blocks=tuple(_block(tensors, i, block, cfg.embedding_length) for i, block in enumerate(cfg.blocks)),
         output_norm=tensors.array("output_norm.weight", (cfg.embedding_length,)),
         output=tensors.weight("output.weight", table) if "output.weight" in file.tensors else token_embd,
     )
-    prediction = range(len(cfg.blocks), len(cfg.blocks) + len(cfg.nextn))
-    tensors.finish(ignored=(*arch.ignored, *(rf"blk\.{i}\..*" for i in prediction)))
-    return loaded
+    nextn = tuple(_predictor(tensors, i, cfg, trunk) for i in range(len(cfg.nextn)))
+    tensors.finish(arch.ignored)
+    return dataclasses.replace(trunk, nextn=nextn)
+
+
+def _predictor(tensors: _Tensors, number: int, cfg: Config, trunk: Weights) -> Weights:
+    """A prediction block, with the trunk's embedding, norm and head where it has none of its own."""
+    index, width = len(cfg.blocks) + number, cfg.embedding_length
+    prefix, table = f"blk.{index}.nextn.", (cfg.vocabulary_size, width)
+
+    def own(name: str, take: Callable[..., Any], *how: Any, otherwise: Any) -> Any:
+        return take(prefix + name, *how) if tensors.has(prefix + name) else otherwise
+
+    return Weights(
+        token_embd=own("embed_tokens.weight", tensors.weight, table, otherwise=trunk.token_embd),
+        blocks=(_block(tensors, index, cfg.nextn[number], width),),
+        output_norm=own("shared_head_norm.weight", tensors.array, (width,), otherwise=trunk.output_norm),
+        output=own("shared_head_head.weight", tensors.weight, table, otherwise=trunk.output),
+        join=tensors.group(prefix, mtp, None, width),
+    )
 
 
 def _block(tensors: _Tensors, index: int, cfg: Block, width: int) -> BlockWeights:
@@ -154,7 +171,11 @@ class _Tensors:
     def _beside(self, name: str, kind: str, shape: tuple[int, ...]) -> jax.Array | None:
         """What is stored beside a weight, `X.scale` or `X.bias` for `X.weight`, or None."""
         other = f"{name.removesuffix('.weight')}.{kind}"
-        return self.array(other, shape) if self._file_name(other) in self._file.tensors else None
+        return self.array(other, shape) if self.has(other) else None
+
+    def has(self, name: str) -> bool:
+        """Whether the file has it."""
+        return self._file_name(name) in self._file.tensors
 
     def _file_name(self, name: str) -> str:
         """The file's own name of a tensor: where it differs from ours, it does so in every block."""

@@ -8,6 +8,7 @@ way through Python between them, which is a tenth of a small model's time a toke
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import os
@@ -22,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from scarlet_jax import attention, config, delta_net, ffn, mamba2, moe, sampling, sharding, short_conv
+from scarlet_jax import attention, config, delta_net, ffn, mamba2, moe, mtp, sampling, sharding, short_conv
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import implementations, matmul, norm
 from scarlet_jax.span import Span
@@ -63,12 +64,18 @@ class BlockWeights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A whole model; `output` is `token_embd` itself where the head is tied."""
+    """A whole model; `output` is `token_embd` itself where the head is tied.
+
+    Each of `nextn` is a model of one block, a prediction block, with what `join`s its two inputs; what the file
+    has no other of for it is the trunk's.
+    """
 
     token_embd: Weight
     blocks: tuple[BlockWeights, ...]
     output_norm: Array
     output: Weight
+    nextn: tuple[Weights, ...] = ()
+    join: mtp.Weights | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -118,6 +125,13 @@ run_block_in_place = _jit_block(_run_block, donate_argnames="state")  # the call
 embed = jax.jit(matmul.embed)
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "implementation"))
+def join(w, token, hidden, eps, implementation):
+    """`mtp.join`, by that implementation."""
+    with implementations.use(implementation):
+        return mtp.join(w, token, hidden, eps)
+
+
 @functools.partial(jax.jit, static_argnames=("eps", "tapped", "implementation"))
 def head(output_norm, output, hidden, eps, tapped=False, implementation="auto"):
     """Final norm and projection to logits: f32 (..., D) -> f32 (..., V), and taps."""
@@ -152,14 +166,16 @@ def trunk(
     tapped: bool = False,
     in_place: bool = False,
     positions: ArrayLike | None = None,
+    hidden: ArrayLike | None = None,
     implementation: str = "auto",
 ) -> Traced:
     """Run tokens int32 (B, T), of which the first `count` (B,) of each row are real, through all blocks.
 
     With `in_place` the buffers of `state` are reused and `state` is gone. `positions` int32 (4, B, T)
-    replaces those of plain text. `implementation` as in `ops.implementations`.
+    replaces those of plain text. `hidden` f32 (B, T, D), the normed states before the tokens, is what the blocks
+    of a prediction model take beside them. `implementation` as in `ops.implementations`.
     """
-    arguments = (weights, tokens, count, state, positions, cfg, tapped, implementation)
+    arguments = (weights, tokens, count, state, positions, hidden, cfg, tapped, implementation)
     if tapped or not _has_layer_kernels(implementation):
         return _run_trunk(*arguments, run_block_in_place if in_place else run_block)
     return (_trunk_program_in_place if in_place else _trunk_program)(*arguments)
@@ -170,12 +186,14 @@ def _has_layer_kernels(implementation: str) -> bool:
         return all(implementations.offered(operation) for operation in ("attention", "delta_net", "ffn"))
 
 
-def _run_trunk(weights, tokens, count, state, positions, cfg, tapped, implementation, step=run_block):
+def _run_trunk(weights, tokens, count, state, positions, hidden, cfg, tapped, implementation, step=run_block):
     span = Span.text(state.length, count, tokens.shape[1])
     if positions is not None:
         span = dataclasses.replace(span, positions=positions)
     x = embed(weights.token_embd, tokens)
     seen = OrderedDict({cfg.tap_name("model.input_embed"): x} if tapped else {})
+    if weights.join is not None:
+        x = join(weights.join, x, hidden, cfg.layer_norm_rms_epsilon, implementation)
     states = []
     for i, (w, mixer_state, block_cfg) in enumerate(
         zip(weights.blocks, state.blocks, cfg.blocks, strict=True)
@@ -209,7 +227,15 @@ def _decode(weights, token, state, key, step, count, params, stops, cfg, block, 
         token, state, going = carry
         going &= i < count
         traced = _run_trunk(
-            weights, token[None, None], going.astype(jnp.int32)[None], state, None, cfg, False, implementation
+            weights,
+            token[None, None],
+            going.astype(jnp.int32)[None],
+            state,
+            None,
+            None,
+            cfg,
+            False,
+            implementation,
         )
         eps = cfg.layer_norm_rms_epsilon
         logits, _ = head(weights.output_norm, weights.output, traced.hidden[:, 0], eps, False, implementation)
@@ -270,7 +296,7 @@ class SpreadPrograms(Programs):
         whole, w, eps = sharding.WHOLE, spread.specs, self._cfg.layer_norm_rms_epsilon
 
         def run(weights, tokens, count, state):
-            return _run_trunk(weights, tokens, count, state, None, self._cfg, False, implementation)
+            return _run_trunk(weights, tokens, count, state, None, None, self._cfg, False, implementation)
 
         def logits(output_norm, output, hidden):
             return head(output_norm, output, hidden, eps, False, implementation)[0]
@@ -427,7 +453,8 @@ class Model:
         if mesh is None:
             self.programs = Programs(cfg, weights, self.implementation)
         else:
-            self.programs = SpreadPrograms(sharding.spread(weights, cfg, mesh), self.implementation)
+            trunk = dataclasses.replace(weights, nextn=())
+            self.programs = SpreadPrograms(sharding.spread(trunk, cfg, mesh), self.implementation)
 
     @property
     def weights(self) -> Weights:
@@ -491,6 +518,52 @@ class Model:
     def logits(self, hidden: ArrayLike) -> Array:
         """Logits of hidden states: f32 (..., D) -> f32 (..., V)."""
         return self._head(hidden)[0]
+
+    def normed(self, hidden: ArrayLike) -> Array:
+        """The final norm of hidden states f32 (..., D): what `forward_mtp` takes."""
+        return norm.rms(jnp.asarray(hidden), self.config.layer_norm_rms_epsilon) * self.weights.output_norm
+
+    def forward_mtp(
+        self, tokens: Any, hidden: ArrayLike, state: State | None = None, *, block: int = 0
+    ) -> tuple[Array, Array, State]:
+        """What prediction block number `block` makes of tokens and of the states before them (spec section 6).
+
+        `hidden` f32 (T, D), or (B, T, D): of each token the `normed` hidden state of the one before it, zeros
+        before a text's first. Logits (T, V) or (B, T, V) after each token, of the token after the next; the
+        block's own normed hidden states (T, D) or (B, T, D), which a longer draft goes on from; and its state,
+        which is not the trunk's. Raises BadInput where the file has no such block, or `hidden` another shape.
+        """
+        predictor = self._predictors[block] if 0 <= block < len(self._predictors) else None
+        if predictor is None:
+            raise BadInput(f"{self.gguf.path}: no prediction block {block}; it has {len(self._predictors)}")
+        batch, state = predictor._enter(tokens, state)
+        before = jnp.asarray(hidden, jnp.float32)
+        expected = (*batch.tokens.shape, self.config.embedding_length)[batch.single :]
+        if before.shape != expected:
+            raise BadInput(f"hidden: of shape {before.shape}; expected {expected}, a state a token")
+        before, start = before.reshape(*batch.tokens.shape, -1), 0
+        logits, states = [], []
+        for piece in batch.pieces():
+            part = before[:, start : start + piece.width]
+            part = jnp.pad(part, ((0, 0), (0, piece.tokens.shape[1] - piece.width), (0, 0)))
+            start += piece.width
+            x, state, _ = predictor._trunk(piece, state, hidden=part)
+            logits.append(predictor._head(x)[0][:, : piece.width])
+            states.append(predictor.normed(x)[:, : piece.width])
+        joined = [jnp.concatenate(parts, axis=1) for parts in (logits, states)]
+        after, normed = (x[0] for x in joined) if batch.single else joined
+        return after, normed, state
+
+    @functools.cached_property
+    def _predictors(self) -> list[Model]:
+        """Models whose trunk is one prediction block each; none where many devices share the weights."""
+        predictors = []
+        for block, weights in zip(self.config.nextn, self.weights.nextn, strict=False):
+            predictor = copy.copy(self)
+            predictor.config = dataclasses.replace(self.config, blocks=(block,), nextn=())
+            predictor.programs = Programs(predictor.config, weights, self.implementation)
+            predictors.append(predictor)
+        return predictors
 
     def decode_block(
         self,

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import scarlet_jax
+from scarlet_jax.config import Config
+from scarlet_jax.model import Weights
 from scarlet_jax.tools import synth
 from scarlet_jax.tools.synth import Shape
 
@@ -190,6 +192,15 @@ def model(
 ) -> scarlet_jax.Model:
     """Our engine over that file."""
     return scarlet_jax.load(path(shape, quant, seed), implementation=implementation)
+
+
+def changed(
+    model: scarlet_jax.Model, *, config: Config | None = None, weights: Weights | None = None
+) -> scarlet_jax.Model:
+    """The same model of another config, or with other weights: to make a mistake."""
+    return scarlet_jax.Model(
+        model.gguf, config or model.config, weights or model.weights, implementation=model.implementation
+    )
 
 
 def tokens(shape: Shape, count: int, seed: int = 0) -> np.ndarray:

@@ -157,7 +157,9 @@ class Model:
         return self.key("block_count") - self.key("nextn_predict_layers", 0)
 
     def is_recurrent(self, layer: int) -> bool:
-        """Whether a trunk layer is a delta net: by the list if there is one, else by the interval."""
+        """Whether a layer's mixer is the recurrent one: by the list if there is one, else by the interval."""
+        if layer >= self.trunk_layers:  # a prediction block
+            return False
         heads = self.key("attention.head_count", 0, layer=layer)
         if self.key("attention.head_count_kv", heads, layer=layer) == 0:
             return True
@@ -373,25 +375,49 @@ def forward(
     embedding = weights["token_embd.weight"]
     x = tap("model.input_embed", embedding[np.asarray(tokens)])
     for i in range(model.trunk_layers):
-        h = tap(f"attn_norm-{i}", rms(x, eps) * weights[f"blk.{i}.attn_norm.weight"])
-        recurrent = RECURRENT[family.recurrent]
-        mixed = (
-            recurrent(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap)
-        )
-        x = x + mixed
-        if not (model.key("feed_forward_length", 0, layer=i) or model.key("expert_count", 0)):
-            tap(f"l_out-{i}", x)
-            continue
-        tap(f"attn_residual-{i}", x)
-        normed = tap(f"norm-{i}", rms(x, eps))
-        h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.{family.ffn_norm}.weight"])
-        x = tap(f"l_out-{i}", x + (moe if model.key("expert_count", 0) else ffn)(model, h, i, tap))
+        x = layer(model, x, positions, i, tap)
     x = tap("norm", rms(x, eps)) * weights[f"{family.output_norm}.weight"]
     tap("h_nextn", x)
     tap("result_norm", x)
     logits = model.linear("output", x) if "output.weight" in weights else x @ embedding.T
     tap("result_output", logits)
     return logits[start:], dict(tap)
+
+
+def layer(model: Model, x: np.ndarray, positions: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """One layer on the residual stream (T, D)."""
+    eps, weights = model.key("attention.layer_norm_rms_epsilon"), model.weights
+    h = tap(f"attn_norm-{i}", rms(x, eps) * weights[f"blk.{i}.attn_norm.weight"])
+    recurrent = RECURRENT[model.family.recurrent]
+    x = x + (recurrent(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap))
+    if not (model.key("feed_forward_length", 0, layer=i) or model.key("expert_count", 0)):
+        return tap(f"l_out-{i}", x)
+    tap(f"attn_residual-{i}", x)
+    normed = tap(f"norm-{i}", rms(x, eps))
+    h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.{model.family.ffn_norm}.weight"])
+    return tap(f"l_out-{i}", x + (moe if model.key("expert_count", 0) else ffn)(model, h, i, tap))
+
+
+def predict(
+    model: Model | str | os.PathLike[str], tokens: Sequence[int], hidden: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prediction block (section 6): tokens, and the normed state before each (T, D) -> logits, its states."""
+    model = model if isinstance(model, Model) else load(model)
+    i, eps = model.trunk_layers, model.key("attention.layer_norm_rms_epsilon")
+    own = {
+        name.removeprefix(f"blk.{i}.nextn.").removesuffix(".weight"): name
+        for name in model.weights
+        if name.startswith(f"blk.{i}.nextn.")
+    }
+    embedding = model.weights[own.get("embed_tokens", "token_embd.weight")]
+    e = rms(embedding[np.asarray(tokens)], eps) * model.weights[own["enorm"]]
+    f = rms(hidden, eps) * model.weights[own["hnorm"]]
+    x = np.concatenate([e, f], axis=-1) @ model.weights[own["eh_proj"]].T
+    text = np.arange(len(tokens))
+    x = layer(model, x, np.stack([text, text, text, 0 * text]), i, _Taps(0, {}))
+    y = rms(x, eps) * model.weights[own.get("shared_head_norm", "output_norm.weight")]
+    trunk_head = "output.weight" if "output.weight" in model.weights else "token_embd.weight"
+    return y @ model.weights[own.get("shared_head_head", trunk_head)].T, y
 
 
 def ffn(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:

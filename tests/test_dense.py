@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from models import DENSE_SHAPES, model, path, tokens
+from models import DENSE_SHAPES, changed, model, path, tokens
 from support import relative_l2
 from support_transformers import decoder_logits
 from test_model import TOLERANCE, assert_taps_agree, every_implementation, ours_named
@@ -123,11 +123,12 @@ def test_a_fault_is_seen(mistake):
     ids = tokens(shape, 33)
     ours = scarlet_jax.load(path(shape))
     if mistake == "bias":
-        ours.weights = jax.tree.map(
+        bare = jax.tree.map(
             lambda w: dataclasses.replace(w, bias=None) if hasattr(w, "bias") else w,
             ours.weights,
             is_leaf=lambda w: hasattr(w, "bias"),
         )
+        ours = changed(ours, weights=bare)
     else:
         first, *rest = ours.config.blocks
         rope = first.mixer.rope
@@ -137,7 +138,7 @@ def test_a_fault_is_seen(mistake):
             "kind": {"rope": dataclasses.replace(rope, kind="neox")},
         }[mistake]
         first = dataclasses.replace(first, mixer=dataclasses.replace(first.mixer, **wrong))
-        ours.config = dataclasses.replace(ours.config, blocks=(first, *rest))
+        ours = changed(ours, config=dataclasses.replace(ours.config, blocks=(first, *rest)))
     assert relative_l2(ours.forward(ids)[0], oracle.forward(path(shape), ids)[0]) > 100 * TOLERANCE
 
 

@@ -146,13 +146,13 @@ def _lies_in_the_file(array, file):
     return any(0 <= address - t.data.ctypes.data < t.data.nbytes for t in file.tensors.values())
 
 
-def test_prediction_blocks_are_counted_and_left_alone():
+def test_prediction_blocks_are_not_the_trunks():
     """block_count includes them; the trunk must not (spec section 10, trap 1)."""
     shape = SHAPES["untied"]
     assert shape.nextn_predict_layers == 1
     loaded = model(shape)
     assert len(loaded.config.blocks) == shape.block_count
-    assert len(loaded.config.nextn) == 1
+    assert len(loaded.config.nextn) == len(loaded.weights.nextn) == 1
 
 
 def test_split_sets_load_as_one(tmp_path):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from models import SCALED_ROPE, SHAPES, model, path, tokens
+from models import SCALED_ROPE, SHAPES, changed, model, path, tokens
 from support import relative_l2
 
 import scarlet_jax
@@ -330,7 +330,7 @@ def test_each_setting_of_a_stretched_rotation_counts(setting):
     mixer = blocks[2].mixer
     rope = dataclasses.replace(mixer.rope, scaling=dataclasses.replace(mixer.rope.scaling, **setting))
     blocks[2] = dataclasses.replace(blocks[2], mixer=dataclasses.replace(mixer, rope=rope))
-    ours.config = dataclasses.replace(ours.config, blocks=tuple(blocks))
+    ours = changed(ours, config=dataclasses.replace(ours.config, blocks=tuple(blocks)))
     assert relative_l2(ours.forward(ids)[0], oracle.forward(path(SCALED_ROPE), ids)[0]) > 100 * TOLERANCE
 
 
@@ -469,5 +469,5 @@ def test_a_fault_in_the_model_is_seen(position):
     ]
     layer, wrong = mistakes[position]
     blocks[layer] = dataclasses.replace(blocks[layer], mixer=wrong)
-    ours.config = dataclasses.replace(ours.config, blocks=tuple(blocks))
+    ours = changed(ours, config=dataclasses.replace(ours.config, blocks=tuple(blocks)))
     assert relative_l2(ours.forward(ids)[0], oracle.forward(path(shape), ids)[0]) > 100 * TOLERANCE

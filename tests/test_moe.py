@@ -11,6 +11,7 @@ from models import (
     PACKABLE_EXPERTS,
     PACKABLE_GROUPED,
     PACKABLE_PLAIN_EXPERTS,
+    changed,
     model,
     path,
     tokens,
@@ -133,7 +134,7 @@ def test_only_the_experts_routed_to_are_read(implementation):
         return dataclasses.replace(block, ffn=dataclasses.replace(block.ffn, **stacks))
 
     blocks = tuple(poisoned(i, block) for i, block in enumerate(ours.weights.blocks))
-    ours.weights = dataclasses.replace(ours.weights, blocks=blocks)
+    ours = changed(ours, weights=dataclasses.replace(ours.weights, blocks=blocks))
     assert relative_l2(ours.forward_with_taps(ids)[0], expected) < TOLERANCE
 
 
@@ -173,7 +174,7 @@ def test_a_fault_in_the_mixture_is_seen(mistake):
         dataclasses.replace(block, ffn=dataclasses.replace(block.ffn, **mistake))
         for block in ours.config.blocks
     ]
-    ours.config = dataclasses.replace(ours.config, blocks=tuple(blocks))
+    ours = changed(ours, config=dataclasses.replace(ours.config, blocks=tuple(blocks)))
     assert relative_l2(ours.forward(ids)[0], oracle.forward(path(shape), ids)[0]) > 100 * TOLERANCE
 
 
@@ -196,7 +197,7 @@ def test_a_fault_in_what_is_grouped_is_seen(mistake, monkeypatch):
     if mistake == "tile":
         ours = scarlet_jax.load(path(shape))
         blocks = [_tiled(block) for block in cfg.blocks]
-        ours.config = dataclasses.replace(cfg, blocks=tuple(blocks))
+        ours = changed(ours, config=dataclasses.replace(cfg, blocks=tuple(blocks)))
     else:
         changed = dataclasses.replace(arch, joined=joined)
         monkeypatch.setitem(configs.ARCHITECTURES, "qwen3next", changed)

@@ -206,7 +206,9 @@ def _notes(file: gguf.Gguf, cfg: Config | None) -> list[str]:
     if not chat.has_template(file):
         notes.append("no chat template: `scarlet generate` continues prompts as they stand")
     if cfg is not None and cfg.nextn:
-        notes.append(f"{len(cfg.nextn)} multi-token-prediction block(s): not used")
+        notes.append(
+            f"{len(cfg.nextn)} prediction block(s): `Model.forward_mtp` runs them, generation does not"
+        )
     return notes
 
 

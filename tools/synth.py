@@ -44,6 +44,7 @@ class Shape:
     tensor; `scales` adds an `X.scale` tensor to each weight; `nextn_predict_layers` adds prediction blocks
     after the `block_count` trunk layers (the file's own count is their sum). With an `expert_count` the
     feed-forward networks are mixtures of experts, with a shared one if that has a size;
+    `own_head` gives a prediction block its own embedding and head, and no norm before the head.
     `fused_gate_up` stores the experts' gate and up as one tensor. `legacy_ssm_in` stores a qwen3next delta
     net's queries, keys, values and gate as one. `biases` are the roles that have one;
     `freq_factors` adds the table that divides llama's rotary frequencies; `rope_scaling` are keys under
@@ -71,6 +72,7 @@ class Shape:
     time_step_rank: int = 6
     ssm_head_length: int = 0
     nextn_predict_layers: int = 0
+    own_head: bool = False
     tied: bool = True
     expert_count: int = 0
     expert_used_count: int = 0
@@ -317,10 +319,12 @@ def _moe_ffn(s: Shape, out_gain: float) -> Stems:
 def _prediction(s: Shape) -> Stems:
     """What a multi-token-prediction block has beside a full attention layer."""
     width = s.embedding_length
-    norms = ("enorm", "hnorm", "shared_head_norm")
+    norms = ("enorm", "hnorm") if s.own_head else ("enorm", "hnorm", "shared_head_norm")
+    tables = ("embed_tokens", "shared_head_head") if s.own_head else ()
     return {
         "nextn.eh_proj.weight": ((width, 2 * width), _matrix()),
         **{f"nextn.{norm}.weight": ((width,), _around(1.0)) for norm in norms},
+        **{f"nextn.{table}.weight": ((s.vocab_size, width), _matrix(LOGIT_SPREAD)) for table in tables},
     }
 
 

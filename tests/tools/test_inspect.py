@@ -180,7 +180,8 @@ def test_tensors_that_the_loader_would_refuse_are_told(tmp_path, monkeypatch, qu
 
 def test_prediction_blocks_are_noted():
     shape = dataclasses.replace(models.SHAPES["tied"], nextn_predict_layers=2)
-    assert inspect(models.path(shape)).notes == ["2 multi-token-prediction block(s): not used"]
+    [note] = inspect(models.path(shape)).notes
+    assert note == "2 prediction block(s): `Model.forward_mtp` runs them, generation does not"
 
 
 # --- What it looks like, and the command --------------------------------------------------------------------

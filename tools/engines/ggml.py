@@ -33,6 +33,8 @@ LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_voi
 ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 LOG_ERROR = 4
+CONTEXT_TYPE_MTP = 1  # enum llama_context_type
+LOAD_MTP = 4  # its place among the model parameters' `flags`
 
 _KEPT: list[Any] = []  # callbacks that C code has the address of, for as long as the process lives
 

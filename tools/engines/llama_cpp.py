@@ -32,7 +32,12 @@ class Model:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, vocab_only: bool = False, lib: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        vocab_only: bool = False,
+        prediction: bool = False,
+        lib: str | None = None,
     ) -> None:
         self.path = Path(path)
         self.lib = ggml.library(lib)
@@ -41,6 +46,7 @@ class Model:
         params = self.lib.llama_model_default_params()
         params.devices = (ctypes.c_void_p * 1)()  # no device but the CPU
         params.vocab_only = vocab_only
+        params.flags[ggml.LOAD_MTP] = prediction
         self.lib.errors.clear()
         self.handle = self.lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
@@ -106,6 +112,7 @@ class Engine:
 
     `observe(node)`, if given, is called for each graph node whose name `wants(name)`. `n_ubatch` tokens go
     through the graph at a time. `sequences` independent ones share the context, of `n_ctx` tokens each.
+    With `prediction` it is the prediction block that runs, and `decode` takes the states before the tokens.
     """
 
     def __init__(
@@ -119,13 +126,14 @@ class Engine:
         flash_attention: bool = False,
         type_k: str = "F32",
         type_v: str = "F32",
+        prediction: bool = False,
         observe: Callable[[Node], None] | None = None,
         wants: Callable[[str], bool] = lambda _name: True,
         lib: str | None = None,
     ) -> None:
         self.lib = ggml.library(lib)
         types = self.lib.type_id(type_k), self.lib.type_id(type_v)
-        self.model = Model(path, lib=lib)
+        self.model = Model(path, prediction=prediction, lib=lib)
         self._n_ctx = n_ctx
         self._lengths = [0] * sequences
         self._observe, self._wants = observe, wants
@@ -138,6 +146,8 @@ class Engine:
         params.flash_attn_type = int(flash_attention)
         params.type_k, params.type_v = types
         self._callback = ggml.EvalCallback(self._on_node)  # kept: llama.cpp holds only a pointer
+        if prediction:
+            params.ctx_type = ggml.CONTEXT_TYPE_MTP
         if observe:
             params.cb_eval = self._callback
         self._context = self._new_context(params)
@@ -172,17 +182,25 @@ class Engine:
         self._lengths = [0] * len(self._lengths)
 
     def decode(
-        self, tokens: Sequence[int], *, sequences: Sequence[int] | None = None, last: bool = False
+        self,
+        tokens: Sequence[int],
+        *,
+        sequences: Sequence[int] | None = None,
+        hidden: np.ndarray | None = None,
+        last: bool = False,
     ) -> np.ndarray:
         """Feeds tokens, each at the end of its sequence (0 by default) -> the logits after each, f32 (T, V).
 
-        With `last`, only those after the last token are computed: (1, V).
+        With `last`, only those after the last token are computed: (1, V). `hidden` f32 (T, D) is for prediction.
         Raises BadInput for no tokens, ids outside the vocabulary, and more tokens than the context holds.
         """
         sequences = [0] * len(tokens) if sequences is None else sequences
         self._check(tokens)
         wanted = [not last] * (len(tokens) - 1) + [True]
         batch, _alive = _batch(tokens, self._positions(sequences), sequences, wanted)
+        if hidden is not None:
+            hidden = np.ascontiguousarray(hidden, np.float32)
+            batch.embd = hidden.ctypes.data
         self.lib.errors.clear()
         status = self.lib.llama_decode(self._context, batch)
         failure, self._failure = self._failure, None
