@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from scarlet_jax import configs, gguf
-from scarlet_jax.config import Attention, Config, DeltaNet, Dense, MoE
+from scarlet_jax.config import Attention, Config, DeltaNet, Mamba2, MoE, ShortConv
 from scarlet_jax.errors import BadInput
 from scarlet_jax.tools import synth, synth_vocabulary
 
@@ -48,9 +48,9 @@ def config(name: str, prediction_blocks: int) -> Config:
     """What the engine makes of the keys of that architecture's tiny model, and so many prediction blocks."""
     shape = synth.SIZES[name, "tiny"]
     keys = synth.metadata(shape, "F32", name, synth_vocabulary.metadata(shape.vocab_size))
-    sections = f"{name}.rope.dimension_sections"
-    if sections in keys:
-        keys[sections] = np.array(keys[sections])  # as the reader gives arrays of numbers
+    for key, value in keys.items():
+        if isinstance(value, list) and not isinstance(value[0], str):
+            keys[key] = np.array(value)  # as the reader gives arrays of numbers
     keys[f"{name}.block_count"] += prediction_blocks
     keys[f"{name}.nextn_predict_layers"] = prediction_blocks
     return configs.find(name).config(gguf.Metadata(keys, name))
@@ -70,14 +70,14 @@ def mixer_words(mixer: object) -> str:
         return ("gated " if mixer.gated else "") + "attention" + (" with head norms" * mixer.head_norm)
     if isinstance(mixer, DeltaNet):
         return f"delta net (key heads: {mixer.head_mapping})"
-    return type(mixer).__name__
+    return {ShortConv: "gated short convolution", Mamba2: "Mamba-2"}[type(mixer)]
 
 
 def network_words(network: object) -> str:
     """What a feed-forward network is, sizes left out."""
     if isinstance(network, MoE):
         return "experts" + (" and a shared one" * bool(network.expert_shared_feed_forward_length))
-    return "dense" if isinstance(network, Dense) else type(network).__name__
+    return "none" if network is None else "dense"
 
 
 if __name__ == "__main__":

@@ -199,8 +199,8 @@ def test_a_fault_in_what_is_grouped_is_seen(mistake, monkeypatch):
         blocks = [_tiled(block) for block in cfg.blocks]
         ours = changed(ours, config=dataclasses.replace(cfg, blocks=tuple(blocks)))
     else:
-        changed = dataclasses.replace(arch, joined=joined)
-        monkeypatch.setitem(configs.ARCHITECTURES, "qwen3next", changed)
+        other = dataclasses.replace(arch, joined=joined)
+        monkeypatch.setitem(configs.ARCHITECTURES, "qwen3next", other)
         ours = scarlet_jax.load(path(shape))
     assert relative_l2(ours.forward(ids)[0], oracle.forward(path(shape), ids)[0]) > 100 * TOLERANCE
 

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import support_transformers_recurrent
-from models import PACKABLE_RECURRENT, RECURRENT_SHAPES, model, path, tokens
+from models import PACKABLE_RECURRENT, RECURRENT_SHAPES, changed, model, path, tokens
 from support import relative_l2
 from test_model import TOLERANCE, assert_taps_agree, every_implementation
 
@@ -124,7 +124,7 @@ def fault(name, shape):
         "norms of other groups": lambda: {"ssm_norm": w.ssm_norm[::-1]},
     }[name]()
     blocks[i] = dataclasses.replace(blocks[i], mixer=dataclasses.replace(w, **wrong))
-    ours.weights = dataclasses.replace(ours.weights, blocks=tuple(blocks))
+    ours = changed(ours, weights=dataclasses.replace(ours.weights, blocks=tuple(blocks)))
     return ours
 
 
