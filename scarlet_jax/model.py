@@ -301,7 +301,7 @@ class SpreadPrograms(Programs):
         def logits(output_norm, output, hidden):
             return head(output_norm, output, hidden, eps, False, implementation)[0]
 
-        takes, gives = (w, whole, whole, self._state), Traced(whole, self._state, {})
+        takes, gives = (w, whole, whole, self._state), Traced(whole, self._state, OrderedDict())
         self._trunk = spread.program(run, takes, gives)
         self._trunk_in_place = spread.program(run, takes, gives, donate_argnums=3)
         self._head = spread.program(logits, (w.output_norm, w.output, whole), whole)
