@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from scarlet_jax import compiled, configs, gguf, mtp, sharding
+from scarlet_jax import compiled, configs, gguf, memory, mtp, sharding
 from scarlet_jax.config import Arch, Block, Config
 from scarlet_jax.errors import BadInput
 from scarlet_jax.model import FEED_FORWARDS, MIXERS, BlockWeights, Model, Weights
@@ -42,12 +42,24 @@ def load(path: str | Path, *, mesh: int | Mesh = 1, **options: Any) -> Model:
     file = gguf.read(path)
     arch = configs.find(file.architecture)
     cfg = arch.config(file.metadata)
+    _check_room(file, arch, cfg, mesh)
     if mesh == 1:
         return Model(file, cfg, weights(file, arch, cfg), **options)
     model = Model(file, cfg, weights(file, arch, cfg, mapped=True), mesh=sharding.mesh_of(mesh), **options)
     for tensor in file.tensors.values():
         tensor.release()
     return model
+
+
+def _check_room(file: gguf.Gguf, arch: Arch, cfg: Config, mesh: int | Mesh) -> None:
+    """BadInput, with the numbers, for weights that the devices cannot hold: before the first of them is read."""
+    devices = sharding.mesh_of(mesh).devices.ravel()
+    limit = memory.limit_of(next(d for d in devices if d.process_index == jax.process_index()))
+    if limit is None:
+        return
+    held = memory.weight_bytes(weights(file, arch, cfg, mapped=True), planes=devices[0].platform == "gpu")
+    what = f"{file.path}: the memory of {len(devices)} {devices[0].platform} device(s)"
+    memory.check(memory.Need(held, 0, 0), limit * len(devices), what)
 
 
 def weights(file: gguf.Gguf, arch: Arch, cfg: Config, *, mapped: bool = False) -> Weights:

@@ -178,7 +178,7 @@ def trunk(
     arguments = (weights, tokens, count, state, positions, hidden, cfg, tapped, implementation)
     if tapped or not _has_layer_kernels(implementation):
         return _run_trunk(*arguments, run_block_in_place if in_place else run_block)
-    return (_trunk_program_in_place if in_place else _trunk_program)(*arguments)
+    return (trunk_program_in_place if in_place else _trunk_program)(*arguments)
 
 
 def _has_layer_kernels(implementation: str) -> bool:
@@ -207,7 +207,7 @@ def _run_trunk(weights, tokens, count, state, positions, hidden, cfg, tapped, im
 # Blocks of a kind are still traced and lowered once: `run_block` is a function within the program.
 _jit_trunk = functools.partial(jax.jit, static_argnames=("cfg", "tapped", "implementation"))
 _trunk_program = _jit_trunk(_run_trunk)
-_trunk_program_in_place = _jit_trunk(_run_trunk, donate_argnames="state")
+trunk_program_in_place = _jit_trunk(_run_trunk, donate_argnames="state")
 
 
 def forward(weights, tokens, state, cfg) -> tuple[Array, State]:
@@ -622,7 +622,7 @@ class Model:
 
     def init_state(self, batch: int = 1, slots: int = SLOTS) -> State:
         """An empty state, with room for `slots` tokens a sequence (it grows when they run out)."""
-        return self.programs.init_state(batch, _bucket(slots), self.kv_dtype)
+        return self.programs.init_state(batch, bucket(slots), self.kv_dtype)
 
     def _enter(self, tokens: Any, state: State | None, positions: Any = None) -> tuple[Batch, State]:
         """The checked batch, and a state with room for it."""
@@ -641,7 +641,7 @@ class Model:
 
     def _grown(self, state: State, needed: int) -> State:
         """`state` with room for `needed` tokens a sequence, its caches copied into larger ones if need be."""
-        size = (len(state.length), _bucket(needed), self.kv_dtype)
+        size = (len(state.length), bucket(needed), self.kv_dtype)
         sizes = self.programs.leaf_sizes(*size)
         if all(new <= old.size for new, old in zip(sizes, jax.tree.leaves(state), strict=True)):
             return state
@@ -655,6 +655,6 @@ class Model:
         return self.programs.head(hidden, tapped)
 
 
-def _bucket(slots: int) -> int:
+def bucket(slots: int) -> int:
     """The next size of cache: SLOTS, doubled as often as needed."""
     return max(SLOTS, 1 << (slots - 1).bit_length())

@@ -194,7 +194,7 @@ def test_a_later_token_changes_nothing_before_it(shape):
 def test_lengths_of_a_bucket_compile_once(implementation):
     def programs():
         jitted: list[Any] = [engine.run_block, engine.run_block_in_place]
-        jitted += [engine._trunk_program, engine._trunk_program_in_place]
+        jitted += [engine._trunk_program, engine.trunk_program_in_place]
         return sum(program._cache_size() for program in jitted)
 
     shape = SHAPES["tied"]

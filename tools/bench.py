@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value < 1:
             raise BadInput(f"{flag} {value}: expected 1 or more")
+    common.use_backend(args.backend)  # refused before anything is started
     result = measure(args)
     if args.json:
         common.write_json(args.json, result)
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of contract: ours at the top, the other engine's under `reference`."""
     slots = args.prompt_tokens + args.new_tokens * (1 + args.draft)
-    ours: dict[str, Any] = _fresh_process(hub.resolve(args.model))
+    ours: dict[str, Any] = _fresh_process(hub.resolve(args.model), args.backend)
     began = time.perf_counter()
     model = common.load_model(args)
     ours["load_s"] = time.perf_counter() - began
@@ -240,12 +241,12 @@ def weight_bytes_per_token(model: Model) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves((weights.blocks, weights.output_norm, weights.output)))
 
 
-def _fresh_process(path: Any) -> dict[str, Any]:
+def _fresh_process(path: Any, backend: str) -> dict[str, Any]:
     """Start-up as a user meets it: a new process, up to its first token, and the most memory it held.
 
     To be called while this process is small: a child's peak begins with its parent's memory.
     """
-    command = [sys.executable, "-m", "scarlet_jax", "generate", str(path)]
+    command = [sys.executable, "-m", "scarlet_jax", "generate", str(path), "--backend", backend]
     began = time.perf_counter()
     subprocess.run(
         [*command, "--tokens", "0", "-n", "1", "--json", "-"],

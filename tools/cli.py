@@ -39,6 +39,9 @@ COMMANDS = {
     "kernel-bench": Command(
         "scarlet_jax.tools.kernel_bench", "how fast each kernel is, by block format and rows"
     ),
+    "gpu-bench": Command(
+        "scarlet_jax.tools.gpu_bench", "a GPU's kernels and models: right, and how fast beside its roofs"
+    ),
     "synth": Command("scarlet_jax.tools.synth", "make a random model of a real shape"),
 }
 

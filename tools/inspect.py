@@ -3,6 +3,7 @@
 Only the file's header is read.
 
 example: scarlet inspect model.gguf
+         scarlet inspect model.gguf --memory 8GB --context 32768 --kv-dtype bf16   # will it fit?
          scarlet inspect owner/repo:Q4_K_M --json - | jq .memory
 """
 
@@ -31,6 +32,7 @@ from scarlet_jax import chat, configs, gguf, hub
 from scarlet_jax.config import Config, as_dict
 from scarlet_jax.errors import BadInput
 from scarlet_jax.load import weights as load_weights
+from scarlet_jax.memory import check, need
 from scarlet_jax.model import init_state
 from scarlet_jax.ops import quants
 from scarlet_jax.tokenizer import Tokenizer
@@ -45,16 +47,60 @@ _SYMBOLS = "─●◆"  # kinds of blocks, in the order they come
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's flags."""
     common.add_model_argument(parser)
+    fitting = parser.add_argument_group("will it fit?")
+    add = fitting.add_argument
+    add("--memory", metavar="SIZE", help="of one device, as 8GB or 512MiB: refuse what needs more")
+    add("--context", metavar="N", type=int, default=4096, help="tokens of each sequence (4096)")
+    add("--batch", metavar="B", type=int, default=1, help="sequences at a time (1)")
+    add("--kv-dtype", choices=common.KV_DTYPES, default="f32", help="of attention's keys and values (f32)")
+    add("--planes", action="store_true", help="packed weights in the form that a GPU holds them in")
     common.add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    report = inspect(hub.resolve(args.model))
+    path = hub.resolve(args.model)
+    if args.memory is not None:
+        fit(path, args)
+        return
+    report = inspect(path)
     if args.json:
         common.write_json(args.json, report.as_json())
     if args.json != "-":
         show(report, Console(highlight=False))
+
+
+# --- Will it fit? -------------------------------------------------------------------------------------------
+
+
+def fit(path: Path, args: argparse.Namespace) -> None:
+    """Say what the model needs, as asked; BadInput, with the numbers, if it is more than --memory."""
+    for flag, value in (("--context", args.context), ("--batch", args.batch)):
+        if value < 1:
+            raise BadInput(f"{flag} {value}: expected 1 or more")
+    limit = parse_size("--memory", args.memory)
+    file = gguf.read(path)
+    arch = configs.find(file.architecture)
+    cfg = arch.config(file.metadata)
+    weights = load_weights(file, arch, cfg, mapped=True)
+    dtype = common.KV_DTYPES[args.kv_dtype]
+    needed = need(weights, cfg, batch=args.batch, context=args.context, kv_dtype=dtype, planes=args.planes)
+    if args.json:
+        common.write_json(args.json, dataclasses.asdict(needed) | {"total": needed.total, "memory": limit})
+    check(needed, limit, f"--memory {args.memory}")
+    if args.json != "-":
+        parts = dataclasses.asdict(needed) | {"in all": needed.total, "of": limit}
+        print(" · ".join(f"{name} {bytes_text(size)}" for name, size in parts.items()))
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Bytes of a size such as 8GB, 1.5 GiB or 900000000."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*(?:([kmgt])?(i)?b?)?\s*", text.lower())
+    try:
+        assert match
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+    except (AssertionError, ValueError):
+        raise BadInput(f"{flag} {text}: expected a size such as 8GB or 512MiB") from None
 
 
 # --- What there is to know ----------------------------------------------------------------------------------

@@ -140,6 +140,16 @@ def test_lowers(operation, arguments, kernels, platform):
     assert text.count(gpu.CUSTOM_CALL) == (kernels if platform == "cuda" else 0)
 
 
+def test_the_trial_on_a_device_passes_and_notices(monkeypatch):
+    """What decides on a GPU whether the kernels are used, interpreted: all of it right, then one kernel wrong."""
+    trial = gpu._trial.__wrapped__
+    with gpu.mode("interpreted"):
+        assert jax.jit(lambda x: x if trial() is None else -x)(1) == 1  # asked while a program is traced
+        right = gpu.mixers.attend
+        monkeypatch.setattr(gpu.mixers, "attend", lambda *x, scale: right(*x, scale=1.1 * scale))
+        assert trial() == "the kernels give wrong results on this device"
+
+
 def test_the_registry_finds_them():
     with gpu.mode("elsewhere"), implementations.use("gpu"):
         assert implementations.offered("delta_rule")

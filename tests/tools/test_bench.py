@@ -5,6 +5,7 @@ import json
 import pytest
 from models import PACKABLE, model, path
 
+from scarlet_jax.errors import BadInput
 from scarlet_jax.ops.cpu import fast
 from scarlet_jax.tools import bench, cli
 
@@ -49,3 +50,14 @@ def test_a_token_reads_every_weight_but_the_embedding():
 def test_bad_flags(flags, capsys):
     assert cli.main(["bench", str(path(PACKABLE, "Q4_K")), *flags]) == 2
     assert capsys.readouterr().err.startswith("scarlet bench: ")
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(bench.common, "use_backend", refuse)
+    monkeypatch.setattr(bench, "_fresh_process", lambda *_: pytest.fail("started"))
+    assert cli.main(["bench", "nowhere.gguf", "--backend", "gpu"]) == 2
+    assert capsys.readouterr().err == "scarlet bench: --backend gpu: JAX cannot use one here\n"
+
+
+def refuse(name: str) -> None:
+    raise BadInput(f"--backend {name}: JAX cannot use one here")
