@@ -12,6 +12,7 @@ from jax import export
 from support import relative_l2
 
 from scarlet_jax.ops import gpu, implementations
+from scarlet_jax.ops.gpu import mixers
 
 # A dozen f32 sums of up to some hundred terms, fed into one another, as in test_gated_delta and test_cpu_mixers.
 TOLERANCE = 2e-6
@@ -140,13 +141,14 @@ def test_lowers(operation, arguments, kernels, platform):
     assert text.count(gpu.CUSTOM_CALL) == (kernels if platform == "cuda" else 0)
 
 
+@pytest.mark.slow
 def test_the_trial_on_a_device_passes_and_notices(monkeypatch):
     """What decides on a GPU whether the kernels are used, interpreted: all of it right, then one kernel wrong."""
-    trial = gpu._trial.__wrapped__
+    trial = gpu.trial.__wrapped__
     with gpu.mode("interpreted"):
         assert jax.jit(lambda x: x if trial() is None else -x)(1) == 1  # asked while a program is traced
-        right = gpu.mixers.attend
-        monkeypatch.setattr(gpu.mixers, "attend", lambda *x, scale: right(*x, scale=1.1 * scale))
+        right = mixers.attend
+        monkeypatch.setattr(mixers, "attend", lambda *x, scale: right(*x, scale=1.1 * scale))
         assert trial() == "the kernels give wrong results on this device"
 
 
@@ -154,5 +156,6 @@ def test_the_registry_finds_them():
     with gpu.mode("elsewhere"), implementations.use("gpu"):
         assert implementations.offered("delta_rule")
         assert implementations.offered("attend")
+        assert not implementations.offered("attention")  # nor is a module that happens to have the name
     with implementations.use("portable"):
         assert not implementations.offered("attend")

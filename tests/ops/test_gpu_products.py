@@ -19,6 +19,7 @@ from scarlet_jax.ops import gpu, implementations
 from scarlet_jax.ops.gpu import planes, products
 from scarlet_jax.ops.matmul import embed
 from scarlet_jax.ops.qtensor import QTensor, block_size
+from scarlet_jax.sampling import Sampling
 
 PACKED = [q for q in QTYPES if q not in ("F32", "F16", "BF16")]
 
@@ -148,28 +149,44 @@ def test_rows_of_an_embedding_come_from_planes():
     np.testing.assert_array_equal(jax.jit(embed)(gpu.prepare(w), ids), values[np.asarray(ids)])
 
 
-@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.fixture(scope="module")
+def on_a_gpu():
+    """A model, and the shapes of its weights as they are held on a GPU."""
+    model = models.model(models.PACKABLE, "Q4_K_M")
+    with gpu.mode("elsewhere"):
+        return model, jax.eval_shape(lambda w: implementations.prepared(w, "gpu"), model.weights)
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_a_whole_model_lowers(platform, tokens):
-    """Prefill and decode, trunk and head, from weights as they are held on a GPU."""
-    shape = models.PACKABLE
-    model = models.model(shape, "Q4_K_M")
+def test_prefill_of_a_whole_model_lowers(platform, on_a_gpu):
+    """Trunk and head."""
+    model, weights = on_a_gpu
     cfg = model.config
 
     def logits(weights, ids, state):
-        count = jnp.full(1, tokens, jnp.int32)
+        count = jnp.full(1, ids.shape[1], jnp.int32)
         hidden, state, _ = engine.trunk(weights, ids, count, state, cfg, implementation="gpu")
-        out, _ = engine.head(
-            weights.output_norm,
-            weights.output,
-            hidden[:, -1],
-            cfg.layer_norm_rms_epsilon,
-            implementation="gpu",
-        )
-        return out, state
+        eps = cfg.layer_norm_rms_epsilon
+        last = hidden[:, -1]
+        return engine.head(weights.output_norm, weights.output, last, eps, implementation="gpu")[0], state
 
-    ids = np.zeros((1, tokens), np.int32)
     with gpu.mode("elsewhere"):
-        weights = jax.eval_shape(lambda w: implementations.prepared(w, "gpu"), model.weights)
-        text = lowered(logits, platform, weights, ids, model.init_state())
+        text = lowered(logits, platform, weights, np.zeros((1, 12), np.int32), model.init_state())
     assert (gpu.CUSTOM_CALL in text) == (platform == "cuda")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_decode_block_lowers(platform, on_a_gpu):
+    """A static number of tokens in one program: trunk, head and sampling, with no way back to the host."""
+    model, weights = on_a_gpu
+
+    def decode(weights, token, state, step, count):
+        key, params, stops = jax.random.key(0), Sampling(0.8, 20, 0.9), jnp.array([3, 5])
+        arguments = (weights, token, state, key, step, count, params, stops)
+        return engine._decode(*arguments, cfg=model.config, block=4, implementation="gpu")
+
+    with gpu.mode("elsewhere"):
+        text = lowered(decode, platform, weights, np.int32(1), model.init_state(), np.int32(0), np.int32(4))
+    assert (gpu.CUSTOM_CALL in text) == (platform == "cuda")
+    assert "callback" not in text
+    assert text.count("stablehlo.while") >= 1
