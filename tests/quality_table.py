@@ -5,6 +5,7 @@ python tests/quality_table.py box-F32.gguf [WINDOWS]
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -113,10 +114,8 @@ def distances(path: Path, label: str, window: np.ndarray, truth: np.ndarray) -> 
 
 def quants() -> list[str]:
     """Every type and stock mix but F32."""
-    return [
-        *(quant for quant in TYPES if isinstance(quant, str)),
-        *sorted(SLOW | synth.MIXES.keys() - set(TYPES)),
-    ]
+    quick = [quant for quant in TYPES if isinstance(quant, str)]
+    return quick + sorted((SLOW | synth.MIXES.keys()) - set(quick))
 
 
 def main(source: Path, count: int = WINDOWS) -> None:
@@ -125,12 +124,13 @@ def main(source: Path, count: int = WINDOWS) -> None:
     documents = corpus.documents(0, corpus.HELD_OUT)
     windows = np.asarray(text.batch(encoder, documents, count, LENGTH - 1).tokens)
     f32 = Known(Truth(source))
+    shape = dataclasses.replace(network.SHAPE, nextn_predict_layers=1)
     page = HEAD.format(tokens=count * (LENGTH - 1), windows=count, length=LENGTH)
     lines = [row(source, "F32", windows, f32)]
     with tempfile.TemporaryDirectory() as folder:
         for quant in quants():
             path = Path(folder) / f"{quant}.gguf"
-            types = {tensor.name: tensor.qtype for tensor in synth.plan(network.SHAPE, quant)}
+            types = {tensor.name: tensor.qtype for tensor in synth.plan(shape, quant)}
             requantise.write(source, path, lambda name, _: types[name])  # noqa: B023
             lines.append(row(path, quant, windows, f32))
         page += "".join(lines) + WHY.format(mix=MIX)

@@ -1,31 +1,61 @@
 """The model in the box: what it writes and what it can do, on every path."""
 
+import itertools
+
+import numpy as np
+import oracle
 import pytest
+from support import relative_l2
 
 from scarlet_jax import data, load
 from scarlet_jax.errors import BadInput
-from scarlet_jax.ops import implementations
+from scarlet_jax.ops import cpu
+from scarlet_jax.tools import perplexity
 from scarlet_jax.tools.cli import main
-from scarlet_jax.tools.train import skills, text
+from scarlet_jax.tools.train import corpus, skills, text
 
 STORY = (
-    " barn. She found a yellow book there. Anna was happy. She put the book in the box. Then Rosa came with a"
-    ' hen. "Where is the yellow book?" said Rosa. "It is in the box," said Anna. Anna and Rosa played with'
-    " the hen in the barn. The end.\n"
+    " orchard. She spotted a purple needle there. Anna was tired. She stored the needle in the trunk. "
+    'Then Daisy came with a lamb. "Where is the purple needle?" said Daisy. "It is in the trunk," said '
+    "Anna. Anna and Daisy danced with the lamb in the orchard. The end.\n"
 )
 CONTINUATIONS = {
     "One morning, Anna went to the": STORY,
     "Remember: apple is star, plum is rope.\nWhat is plum? It is": " rope.\n",
     "Copy: rain star gold.\nAgain:": " rain star gold.\n",
     "7 + 8 =": " 15.\n",
+    "Count from 8 to 11:": " 8 9 10 11.\n",
 }
 
 
-@pytest.fixture(scope="module", params=["cpu", "portable"])
+# Kind -> turns answered exactly, of how many, and perplexity of the answers, of 32 documents.
+SKILLS = {
+    "story": (39, 64, 2.061278),
+    "recall": (85, 86, 1.014493),
+    "copy": (31, 32, 1.032614),
+    "arithmetic": (96, 96, 1.000085),
+    "counting": (32, 32, 1.000072),
+}
+
+# Name -> implementation, and the instruction set of its kernels.
+PATHS = {
+    **{isa: ("cpu", isa) for isa in ("generic", "avx2", "avx512", "amx")},
+    "fast": ("cpu-fast", ""),
+    "portable": ("portable", ""),
+}
+
+
+@pytest.fixture(scope="module", params=PATHS)
 def model(request):
-    if reason := implementations.IMPLEMENTATIONS[request.param].unavailable():
-        pytest.skip(reason)
-    return load(data.model_path(), implementation=request.param)
+    implementation, isa = PATHS[request.param]
+    try:
+        if isa:
+            cpu.set_isa(isa)
+        yield load(data.model_path(), implementation=implementation)
+    except BadInput as error:
+        pytest.skip(str(error))
+    if isa:
+        cpu.set_isa()
 
 
 @pytest.mark.parametrize("prompt", CONTINUATIONS)
@@ -38,13 +68,79 @@ def test_greedy_continuations(model, prompt):
     assert tokenizer.decode(model.generate(start, max_tokens=count, temperature=0)) == expected
 
 
+# --- What it can do, in every mode --------------------------------------------------------------------------
+
+
+def together(model, rows):
+    logits, _ = model.forward(rows)
+    return [some[: len(row)] for some, row in zip(np.asarray(logits), rows, strict=True)]
+
+
+def in_pieces(size):
+    """Each row by itself, `size` tokens a call."""
+
+    def run(model, rows):
+        return [np.concatenate(list(pieces(model, row))) for row in rows]
+
+    def pieces(model, row):
+        state = None
+        for start in range(0, len(row), size):
+            logits, state = model.forward(row[start : start + size], state)
+            yield np.asarray(logits)
+
+    return run
+
+
+MODES = {"together": together, "alone": in_pieces(1000), "by seven": in_pieces(7), "by token": in_pieces(1)}
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """A held-out document of each kind as (rows of tokens, their turns), and how the float64 forward scores them."""
+    path = data.model_path()
+    encoder = text.Encoder(load(path).tokenizer)
+    documents = [next(corpus.documents(7, corpus.HELD_OUT, kind=kind)) for kind in corpus.KINDS]
+    turns = [encoder.turns(document) for document in documents]
+    rows = [[encoder.end, *itertools.chain.from_iterable(p + a for p, a in some)] for some in turns]
+    truth = [scored(oracle.forward(path, row)[0], some) for row, some in zip(rows, turns, strict=True)]
+    return rows, turns, truth
+
+
+def scored(logits, turns):
+    return skills.score_row(perplexity.log_softmax(logits), turns)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_are_as_exact_and_as_likely_as_in_truth(model, mode, examples):
+    rows, turns, truth = examples
+    for logits, some, expected in zip(MODES[mode](model, rows), turns, truth, strict=True):
+        found = scored(logits, some)
+        assert [turn.exact for turn in found] == [turn.exact for turn in expected]
+        # f32 logits of order ten, 2e-5 of them where products are fast: 1e-4 a token at the very most.
+        assert [turn.nats for turn in found] == pytest.approx(
+            [turn.nats for turn in expected], rel=1e-4, abs=1e-3
+        )
+
+
+def test_transformers_runs_it_with_the_same_logits(examples):
+    """Put back into a transformers model, rows of value heads, norms and all."""
+    pytest.importorskip("torch", reason="the transformers extra is not installed")
+    from scarlet_jax.tools.engines import transformers
+
+    path, (rows, _, _) = data.model_path(), examples
+    for row in rows:
+        theirs, truth = transformers.logits(path, row), oracle.forward(path, row)[0]
+        assert relative_l2(theirs, truth) < 1e-5
+        assert relative_l2(load(path).forward(row)[0], truth) < 1e-5
+
+
 def test_skills_and_perplexity():
     """In batches of several lengths. Turns whose two best tokens are close may fall either way."""
     model = load(data.model_path())
-    recall = skills.score(model, "recall", documents=64)
-    assert (abs(recall.right - 148) <= 1, recall.turns) == (True, 175)
-    assert recall.perplexity == pytest.approx(1.23634, rel=1e-3)  # f32 sums in another order, and no more
-    assert skills.score(model, "arithmetic", documents=64).right == 192
+    for kind, (right, turns, nats) in SKILLS.items():
+        score = skills.score(model, kind, documents=32)
+        assert (abs(score.right - right) <= 1, score.turns) == (True, turns), score
+        assert score.perplexity == pytest.approx(nats, rel=1e-3)  # f32 sums in another order, and no more
 
 
 @pytest.mark.parametrize(

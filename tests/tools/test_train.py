@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from support import relative_l2
 
@@ -17,13 +18,14 @@ from scarlet_jax.tools.engines import llama_cpp
 from scarlet_jax.tools.train import corpus, export, network, products, skills, text
 
 pytest.importorskip("optax", reason="the train extra is not installed")
-from scarlet_jax.tools.train import loop
+from scarlet_jax.tools.train import loop, prediction
 
 # One layer of each kind; smaller than the model in the box in every axis that may be.
 SHAPE = dataclasses.replace(
     network.SHAPE, block_count=2, feed_forward_length=512, head_count=2, head_count_kv=1, key_length=128
 )
-RECIPE = loop.Recipe(shape=SHAPE, steps=3, rows=2, length=33, warmup=1)
+RECIPE = loop.Recipe(shape=SHAPE, steps=3, rows=2, length=33, turn=1, warmup=1)
+DRAFT = prediction.recipe(RECIPE, steps=2)
 
 
 def take(count, **options):
@@ -35,14 +37,18 @@ def vocabulary():
     return text.vocabulary(SHAPE.vocab_size, seed=0)
 
 
-@pytest.fixture(scope="module")
-def parameters():
-    """Not quite those of the start: branches of full size, so that every part shows in the logits."""
+def not_quite_initial(shape):
+    """Parameters whose norms are not all one, so that every part shows in the logits."""
     rng = np.random.default_rng(1)
-    start = network.initial(SHAPE, seed=0)
+    start = network.initial(shape, seed=0)
     return {
         name: x * (1 + 0.3 * rng.standard_normal(x.shape).astype(np.float32)) for name, x in start.items()
     }
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return not_quite_initial(SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +119,12 @@ def test_documents_become_the_tokens_that_llama_cpp_gives_them(vocabulary, files
 
 def test_batches_are_whole_rows_of_documents_in_order(vocabulary):
     encoder = text.Encoder(text.tokenizer(vocabulary))
-    batch = text.batch(encoder, iter(take(40)), rows=2, length=50)
-    assert batch.tokens.shape == batch.weight.shape == (2, 51)
+    batch = text.batch(encoder, iter(take(40)), rows=6, length=50, told=0.25)
+    assert batch.tokens.shape == batch.weight.shape == (6, 51)
     expected = [encoder.end, *itertools.chain.from_iterable(encoder.encode(d)[0] for d in take(20))][:51]
     assert batch.tokens[0].tolist() == expected
-    assert set(np.unique(batch.weight)) == {np.float32(0), np.float32(text.PROMPT_WEIGHT), np.float32(1)}
+    weights = np.unique(batch.weight)
+    assert weights.tolist() == [np.float32(w) for w in (0, text.PROMPT_WEIGHT, 0.25, 1)]
 
 
 # --- What is trained ----------------------------------------------------------------------------------------
@@ -188,6 +195,47 @@ def test_no_parameter_is_left_without_a_gradient(parameters, vocabulary):
     cfg = network.config(SHAPE, vocabulary)
     batch = text.batch(text.Encoder(text.tokenizer(vocabulary)), iter(take(20)), rows=2, length=30)
     gradient = jax.jit(jax.grad(network.loss), static_argnums=2)(parameters, batch, cfg)
+    assert [name for name, g in gradient.items() if not np.any(g) or not np.all(np.isfinite(g))] == []
+
+
+# --- The prediction block -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafting(vocabulary, tmp_path_factory):
+    """Parameters with a prediction block, and their file."""
+    parameters, path = not_quite_initial(DRAFT.shape), tmp_path_factory.mktemp("draft") / "F32.gguf"
+    export.write(path, parameters, DRAFT.shape, vocabulary, "F32")
+    return parameters, path
+
+
+def test_drafted_logits_are_the_judges(drafting, vocabulary):
+    parameters, path = drafting
+    tokens = np.random.default_rng(5).integers(0, SHAPE.vocab_size, (2, 21))
+    cfg = network.config(DRAFT.shape, vocabulary)
+    ours = prediction.logits(parameters, jnp.asarray(tokens, jnp.int32), cfg)
+    known = [oracle.forward(path, row)[1]["result_norm"] for row in tokens]
+    before = [np.vstack([np.zeros_like(states[:1]), states[:-1]]) for states in known]
+    truth = [oracle.predict(path, row, states)[0] for row, states in zip(tokens, before, strict=True)]
+    assert relative_l2(ours, truth) < 3e-2  # products of bf16 factors, as of the trunk
+
+
+def test_a_file_with_a_prediction_block_is_the_trunk_to_llama_cpp_and_to_us(drafting):
+    _, path = drafting
+    tokens = np.random.default_rng(6).integers(0, SHAPE.vocab_size, 30).tolist()
+    truth, _ = oracle.forward(path, tokens)
+    with llama_cpp.Engine(path) as engine:
+        assert relative_l2(engine.decode(tokens), truth) < 1e-5
+    assert relative_l2(load(path).forward(tokens)[0], truth) < 1e-5
+
+
+def test_every_parameter_of_the_block_is_trained_and_none_of_the_trunk(drafting, vocabulary):
+    cfg = network.config(DRAFT.shape, vocabulary)
+    trunk = {name: x for name, x in drafting[0].items() if not name.startswith("blk.2.")}
+    run = loop.start(DRAFT, trunk)
+    assert run.parameters.keys() == drafting[0].keys() - trunk.keys()
+    batch = text.batch(text.Encoder(text.tokenizer(vocabulary)), iter(take(20)), rows=2, length=30)
+    gradient = jax.jit(jax.grad(lambda p: prediction.loss(trunk | p, batch, cfg)))(run.parameters)
     assert [name for name, g in gradient.items() if not np.any(g) or not np.all(np.isfinite(g))] == []
 
 

@@ -1,9 +1,10 @@
 """Trains the model in the box and writes it as GGUF: F32, F16 and Q4_K_M.
 
-Stops and goes on: a run that finds a checkpoint in OUT continues it, and sees the text that it would have
-seen. The loss curve is drawn beside it.
+First the trunk, then behind it, as it is, a block that predicts one token more. Stops and goes on: a run that
+finds its checkpoints in OUT continues, and sees the text that it would have seen. The loss curves are drawn
+beside them. Until the last part of a run, over which its rates fall, --steps may still be changed.
 
-example: python -m scarlet_jax.tools.train /tmp/box --steps 740
+example: python -m scarlet_jax.tools.train /tmp/box --steps 2400
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scarlet_jax.errors import BadInput
-from scarlet_jax.tools.train import curve, export, loop, text
+from scarlet_jax.tools.train import curve, export, loop, network, prediction, text
 
 SAVE_EVERY = 60  # seconds
 QUANTS = ("F32", "F16", "Q4_K_M")
+DRAFT_STEPS = 150
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,35 +44,60 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for checkpoint, curve and models")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for checkpoints, curves and models")
     default = loop.Recipe()
     for name in ("steps", "seed", "rows", "length"):
         value = getattr(default, name)
         parser.add_argument(f"--{name}", metavar="N", type=int, default=value, help=f"({value})")
+    parser.add_argument(
+        "--draft-steps",
+        metavar="N",
+        type=int,
+        default=DRAFT_STEPS,
+        help=f"of the prediction block, behind the trunk; 0 for none ({DRAFT_STEPS})",
+    )
     return parser
 
 
 def _train(args: argparse.Namespace) -> None:
     recipe = loop.Recipe(seed=args.seed, steps=args.steps, rows=args.rows, length=args.length)
     args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.out / "checkpoint.safetensors"
-    run = loop.restore(checkpoint, recipe) if checkpoint.exists() else loop.start(recipe)
-    saved = time.monotonic()
-    with _progress() as progress:
-        task = progress.add_task("training", total=recipe.steps, completed=run.step, loss="")
-        for _ in loop.train(recipe, run):
-            progress.update(task, completed=run.step, loss=f"loss {run.losses[-1]:.3f}")
-            if time.monotonic() - saved > SAVE_EVERY:
-                loop.save(checkpoint, recipe, run)
-                curve.draw(args.out / "loss.png", run.losses)
-                saved = time.monotonic()
-    loop.save(checkpoint, recipe, run)
-    curve.draw(args.out / "loss.png", run.losses)
+    parameters = _phase(args.out, "trunk", recipe)
+    if args.draft_steps:
+        recipe = prediction.recipe(recipe, args.draft_steps)
+        parameters |= _phase(args.out, "draft", recipe, prediction.loss, frozen=parameters)
     vocabulary = text.vocabulary(recipe.shape.vocab_size, recipe.seed)
     for quant in QUANTS:
         path = args.out / f"box-{quant}.gguf"
-        export.write(path, run.parameters, recipe.shape, vocabulary, quant)
+        export.write(path, parameters, recipe.shape, vocabulary, quant)
         print(path)
+
+
+def _phase(
+    out: Path,
+    name: str,
+    recipe: loop.Recipe,
+    loss: loop.Loss = network.loss,
+    frozen: network.Parameters = loop.NONE_FROZEN,
+) -> network.Parameters:
+    """Train what is not frozen, from its checkpoint if there is one; returns it."""
+    checkpoint = out / f"{name}.safetensors"
+    run = loop.restore(checkpoint, recipe, frozen) if checkpoint.exists() else loop.start(recipe, frozen)
+
+    def save() -> None:
+        loop.save(checkpoint, recipe, run)
+        curve.draw(out / f"{name}.png", run.losses)
+
+    saved = time.monotonic()
+    with _progress() as progress:
+        task = progress.add_task(name, total=recipe.steps, completed=run.step, loss="")
+        for _ in loop.train(recipe, run, loss, frozen):
+            progress.update(task, completed=run.step, loss=f"loss {run.losses[-1]:.3f}")
+            if time.monotonic() - saved > SAVE_EVERY:
+                save()
+                saved = time.monotonic()
+    save()
+    return run.parameters
 
 
 def _progress() -> Progress:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from scarlet_jax.errors import BadInput
 from scarlet_jax.tools import synth
 from scarlet_jax.tools.common import replacing
 from scarlet_jax.tools.train import corpus, network, text
+from scarlet_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +35,22 @@ class Recipe:
 
     shape: synth.Shape = network.SHAPE
     seed: int = 0
-    steps: int = 2800
+    steps: int = 2400
+    turn: int = 1842  # the step from which the text is of the later mix
     rows: int = 16
     length: int = 128
     learning_rate: float = 0.02  # of Muon, for matrices
     adam_rate: float = 0.003  # of AdamW, for the embedding, norms and other small things
     warmup: int = 50
-    decay: float = 0.3  # the last part of the run, over which the rates fall to nothing
+    decay: float = 0.1  # the last part of the run, over which the rates fall to nothing
+
+
+Loss = Callable[[network.Parameters, network.Batch, Config], Array]  # mean, in nats
 
 
 @dataclasses.dataclass
 class Run:
-    """Where a run stands: steps done, parameters, the optimiser's state, and the loss of every step."""
+    """Where a run stands: steps done, trained parameters, the optimiser's state, and the loss of every step."""
 
     step: int
     parameters: network.Parameters
@@ -73,7 +78,7 @@ def schedule(recipe: Recipe, peak: float) -> optax.Schedule:
 
 def optimiser(recipe: Recipe) -> optax.GradientTransformation:
     """Muon for matrices, AdamW for all else."""
-    rules = {
+    rules: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(
             optax.trace(0.95, nesterov=True),
             optax.stateless(lambda updates, _: jax.tree.map(orthogonal, updates)),
@@ -102,7 +107,7 @@ def orthogonal(step: jax.Array) -> jax.Array:
 # What Muon trains; `attn_q` holds gates too, and `attn_qkv` three projections, but each row is one output.
 MATRICES = (
     "attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "attn_gate", "ssm_out",
-    "ffn_gate", "ffn_up", "ffn_down",
+    "ffn_gate", "ffn_up", "ffn_down", "eh_proj",
 )  # fmt: skip
 
 
@@ -111,35 +116,47 @@ def _rules(parameters: network.Parameters) -> dict[str, str]:
     return {name: "muon" if name.endswith(endings) else "adam" for name in parameters}
 
 
-def start(recipe: Recipe) -> Run:
-    """Before the first step."""
-    parameters = network.initial(recipe.shape, recipe.seed)
+NONE_FROZEN: network.Parameters = {}
+
+
+def start(recipe: Recipe, frozen: network.Parameters = NONE_FROZEN) -> Run:
+    """Before the first step; trained are the parameters that are not frozen."""
+    every = network.initial(recipe.shape, recipe.seed)
+    parameters = {name: x for name, x in every.items() if name not in frozen}
     return Run(0, parameters, optimiser(recipe).init(parameters), [])
 
 
-def train(recipe: Recipe, run: Run) -> Iterator[Run]:
+def train(
+    recipe: Recipe, run: Run, loss: Loss = network.loss, frozen: network.Parameters = NONE_FROZEN
+) -> Iterator[Run]:
     """Steps until the recipe's last; yields after each one."""
     vocabulary = text.vocabulary(recipe.shape.vocab_size, recipe.seed)
     encoder = text.Encoder(text.tokenizer(vocabulary))
     cfg = network.config(recipe.shape, vocabulary)
-    update = _updater(cfg, recipe)
+    update = _updater(cfg, recipe, loss)
     while run.step < recipe.steps:
-        documents = corpus.documents(recipe.seed, corpus.TRAINING, 1 + run.step)
-        batch = text.batch(encoder, documents, recipe.rows, recipe.length)
-        run.parameters, run.optimiser, loss = update(run.parameters, run.optimiser, batch)
-        run.losses.append(float(loss))
+        mix = corpus.FIRST if run.step < recipe.turn else corpus.LATER
+        documents = corpus.documents(recipe.seed, corpus.TRAINING, 1 + run.step, mix=mix)
+        batch = text.batch(encoder, documents, recipe.rows, recipe.length, mix.told)
+        run.parameters, run.optimiser, nats = update(run.parameters, run.optimiser, frozen, batch)
+        run.losses.append(float(nats))
         run.step += 1
         yield run
 
 
-def _updater(cfg: Config, recipe: Recipe) -> Callable:
+def _updater(cfg: Config, recipe: Recipe, loss: Loss) -> Callable:
     descend = optimiser(recipe)
 
+    def of_trained(trained: network.Parameters, frozen: network.Parameters, batch: network.Batch) -> Array:
+        return loss(trained | frozen, batch, cfg)
+
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(parameters: network.Parameters, state: Any, batch: network.Batch) -> tuple:
-        loss, gradient = jax.value_and_grad(network.loss)(parameters, batch, cfg)
-        updates, state = descend.update(gradient, state, parameters)
-        return optax.apply_updates(parameters, updates), state, loss
+    def update(
+        trained: network.Parameters, state: Any, frozen: network.Parameters, batch: network.Batch
+    ) -> tuple:
+        nats, gradient = jax.value_and_grad(of_trained)(trained, frozen, batch)
+        updates, state = descend.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state, nats
 
     return update
 
@@ -156,7 +173,7 @@ def save(path: Path, recipe: Recipe, run: Run) -> None:
         save_file(arrays, temporary, {"step": str(run.step), "recipe": _recipe_text(recipe)})
 
 
-def restore(path: Path, recipe: Recipe) -> Run:
+def restore(path: Path, recipe: Recipe, frozen: network.Parameters = NONE_FROZEN) -> Run:
     """A run saved under the same recipe, or one of other `steps` that was the same so far.
 
     Raises BadInput for a file of another recipe, or none of ours.
@@ -170,7 +187,7 @@ def restore(path: Path, recipe: Recipe) -> Run:
     step = int(metadata.get("step", 0))
     if not _continues(json.loads(metadata.get("recipe", "{}")), step, recipe):
         raise BadInput(f"{path}: of another recipe; expected {_recipe_text(recipe)}")
-    run = start(recipe)
+    run = start(recipe, frozen)
     leaves, tree = jax.tree.flatten(run.optimiser)
     restored = [jax.numpy.asarray(arrays[f"optimiser/{i}"]) for i in range(len(leaves))]
     return Run(

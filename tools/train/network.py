@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scarlet_jax import configs, ffn
-from scarlet_jax.config import Block, Config
+from scarlet_jax.config import Config
 from scarlet_jax.gguf import Metadata
 from scarlet_jax.model import MIXERS, BlockWeights, Weights, head, init_state, trunk
 from scarlet_jax.ops import implementations
@@ -34,7 +34,7 @@ SHAPE = synth.Shape(
     context_length=512,
     embedding_length=256,
     feed_forward_length=768,
-    vocab_size=720,
+    vocab_size=2048,
     head_count=4,
     head_count_kv=2,
     key_length=64,
@@ -89,14 +89,17 @@ def weights(parameters: Parameters, cfg: Config) -> Weights:
     """The engine's weight pytree, head tied to the embedding."""
     by_name = tensors(parameters)
     table = by_name["token_embd.weight"]
-    blocks = tuple(_block(by_name, f"blk.{i}.", block, cfg) for i, block in enumerate(cfg.blocks))
+    blocks = tuple(block_weights(by_name, i, cfg) for i in range(len(cfg.blocks)))
     return Weights(table, blocks, by_name["output_norm.weight"], table)
 
 
-def _block(by_name: Parameters, prefix: str, block: Block, cfg: Config) -> BlockWeights:
+def block_weights(by_name: Parameters, index: int, cfg: Config) -> BlockWeights:
+    """A block of the trunk, or behind it a prediction block, from tensors of the file."""
+    block, prefix = (cfg.blocks + cfg.nextn)[index], f"blk.{index}."
+
     def group(module: Any, part: Any) -> Any:
         names = module.shapes(part, cfg.embedding_length)
-        return module.Weights(**{name.split(".")[0]: by_name[prefix + name] for name in names})
+        return module.Weights(**{_field(name): by_name[prefix + name] for name in names})
 
     return BlockWeights(
         attn_norm=by_name[prefix + "attn_norm.weight"],
@@ -106,15 +109,23 @@ def _block(by_name: Parameters, prefix: str, block: Block, cfg: Config) -> Block
     )
 
 
+def _field(name: str) -> str:
+    """The attribute of a tensor within its layer, as `scarlet_jax.load` names it."""
+    return name.removesuffix(".weight").replace(".", "_")
+
+
+def hidden(w: Weights, tokens: Array, cfg: Config) -> Array:
+    """What the trunk makes of int32 (B, T) from an empty state, before the last norm: f32 (B, T, D)."""
+    batch, length = tokens.shape
+    count = jnp.full(batch, length, jnp.int32)
+    return trunk(w, tokens, count, init_state(cfg, batch, length), cfg, implementation=PRODUCTS).hidden
+
+
 def logits(parameters: Parameters, tokens: Array, cfg: Config) -> Array:
     """int32 (B, T) -> f32 (B, T, V), from an empty state."""
-    batch, length = tokens.shape
     w = weights(parameters, cfg)
-    count = jnp.full(batch, length, jnp.int32)
-    state = init_state(cfg, batch, length)
-    hidden = trunk(w, tokens, count, state, cfg, implementation=PRODUCTS).hidden
     eps = cfg.layer_norm_rms_epsilon
-    return head(w.output_norm, w.output, hidden, eps, implementation=PRODUCTS)[0]
+    return head(w.output_norm, w.output, hidden(w, tokens, cfg), eps, implementation=PRODUCTS)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -128,8 +139,11 @@ class Batch:
 
 def loss(parameters: Parameters, batch: Batch, cfg: Config) -> Array:
     """Mean weighted cross-entropy of the next token, in nats."""
-    out = logits(parameters, batch.tokens[:, :-1], cfg)
-    target = batch.tokens[:, 1:]
-    nats = jax.nn.logsumexp(out, axis=-1) - jnp.take_along_axis(out, target[..., None], axis=-1)[..., 0]
-    weight = batch.weight[:, 1:]
-    return jnp.sum(nats * weight) / jnp.sum(weight)
+    return cross_entropy(logits(parameters, batch.tokens[:, :-1], cfg), batch)
+
+
+def cross_entropy(logits: Array, batch: Batch) -> Array:
+    """Mean weighted nats of tokens 1 to T, each foreseen by the row of logits (B, T, V) before it."""
+    target, weight = batch.tokens[:, 1:], batch.weight[:, 1:]
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * weight) / jnp.sum(weight)

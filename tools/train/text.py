@@ -59,32 +59,37 @@ class Encoder:
         encode = self._tokenizer.encode
         return [(encode(turn.prompt), encode(turn.answer)) for turn in document]
 
-    def encode(self, document: corpus.Document) -> tuple[list[int], list[float]]:
-        """A document's tokens, the end token among them, and how much each counts as a target."""
+    def encode(self, document: corpus.Document, told: float = 1.0) -> tuple[list[int], list[float]]:
+        """A document's tokens, the end token among them, and how much each counts as a target.
+
+        An answer counts 1, and what is told without having been asked for `told`.
+        """
         tokens: list[int] = []
         weight: list[float] = []
         for prompt, answer in self.turns(document):
             tokens += prompt + answer
-            weight += [PROMPT_WEIGHT] * len(prompt) + [1.0] * len(answer)
+            weight += [PROMPT_WEIGHT] * len(prompt) + [1.0 if prompt else told] * len(answer)
         return [*tokens, self.end], [*weight, 1.0]
 
 
-def batch(encoder: Encoder, documents: Iterator[corpus.Document], rows: int, length: int) -> Batch:
+def batch(
+    encoder: Encoder, documents: Iterator[corpus.Document], rows: int, length: int, told: float = 1.0
+) -> Batch:
     """`rows` rows of `length` + 1 tokens, each one document after another, the last cut off.
 
     Every row begins with the end token, as every document does that follows another.
     """
-    encoded = [_row(encoder, documents, length + 1) for _ in range(rows)]
+    encoded = [_row(encoder, documents, length + 1, told) for _ in range(rows)]
     tokens, weight = zip(*encoded, strict=True)
     return Batch(jnp.asarray(tokens, jnp.int32), jnp.asarray(weight, jnp.float32))
 
 
 def _row(
-    encoder: Encoder, documents: Iterator[corpus.Document], length: int
+    encoder: Encoder, documents: Iterator[corpus.Document], length: int, told: float
 ) -> tuple[list[int], list[float]]:
     tokens, weight = [encoder.end], [0.0]
     while len(tokens) < length:
-        more, counts = encoder.encode(next(documents))
+        more, counts = encoder.encode(next(documents), told)
         tokens += more
         weight += counts
     return tokens[:length], weight[:length]
