@@ -85,9 +85,10 @@ def align(ours: Dump, reference: Dump) -> Alignment:
     """Match the taps of two dumps by name, then by shape."""
     matches = {}
     fixed = ours.format == reference.format == FORMAT  # our own format says how a state lies
+    lead = ours.format == FORMAT != reference.format  # the layout that operations are written for is kept
     for name in reference:
         if name in ours:
-            match = _match(name, ours[name], reference[name])
+            match = _match(name, ours[name], reference[name], lead)
             if match is not None and not fixed and name.rpartition("-")[0] in _STATES:
                 match = _other_way_round(match, ours[name], reference[name])
             if match is not None:
@@ -122,8 +123,8 @@ def _same(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _match(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
-    match = _by_shape(name, ours, reference)
+def _match(name: str, ours: np.ndarray, reference: np.ndarray, lead: bool) -> Match | None:
+    match = _by_shape(name, ours, reference, lead)
     if match is None or not name.startswith("kq-") or match.how.startswith("sampled"):
         return match
     return dataclasses.replace(
@@ -131,15 +132,19 @@ def _match(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
     )
 
 
-def _by_shape(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
+def _by_shape(name: str, ours: np.ndarray, reference: np.ndarray, lead: bool) -> Match | None:
+    """As the shapes allow; where both could be turned, the reference is turned if ours is to `lead`."""
     if isinstance(ours, Sampled) or isinstance(reference, Sampled):
         return _sampled(name, ours, reference)
     if ours.shape == reference.shape:
         return Match(name, _same, _same, "as-is")
     if ours.size == reference.size:
+        if lead:
+            how, change = _rearrange(reference, ours)
+            return Match(name, _same, change, how)
         how, change = _rearrange(ours, reference)
         return Match(name, change, _same, how)
-    return _rows(name, ours, reference) or _padded(name, ours, reference)
+    return _rows(name, ours, reference, lead) or _padded(name, ours, reference)
 
 
 def _sampled(name: str, ours: np.ndarray | Sampled, reference: np.ndarray | Sampled) -> Match | None:
@@ -188,7 +193,7 @@ def _boundaries(shape: list[int]) -> set[int]:
     return set(np.cumprod(shape).tolist())
 
 
-def _rows(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
+def _rows(name: str, ours: np.ndarray, reference: np.ndarray, lead: bool) -> Match | None:
     """Token rows that one engine left out: the last ones (output rows only) or a padded tail."""
     if (
         not (ours.ndim and reference.ndim)
@@ -197,7 +202,7 @@ def _rows(name: str, ours: np.ndarray, reference: np.ndarray) -> Match | None:
     ):
         return None
     short = min(len(ours), len(reference))
-    target = (short, *reference.shape[1:])
+    target = (short, *(ours if lead else reference).shape[1:])
     last: Change = lambda x: x[-short:].reshape(target)  # noqa: E731
     first: Change = lambda x: x[:short].reshape(target)  # noqa: E731
     picks = {f"last {short} rows": last, f"first {short} rows": first}

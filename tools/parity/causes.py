@@ -154,23 +154,12 @@ def _variants(case: Case) -> list[Hypothesis]:
     return found
 
 
-_FAILURES = (
-    graph.Missing,
-    ValueError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    ZeroDivisionError,
-    np.linalg.LinAlgError,
-)
-
-
 def _candidate(case: Case, run: graph.Run, view: Any) -> np.ndarray | None:
     """What a formula gives, in the case's shape; None where it cannot be run."""
     try:
         with np.errstate(all="ignore"):
             candidate = np.asarray(run(view), np.float64)
-    except _FAILURES:
+    except graph.FAILURES:
         return None
     return candidate.reshape(case.ours.shape) if candidate.size == case.ours.size else None
 
@@ -194,7 +183,7 @@ def _inner_variants(case: Case) -> list[Hypothesis]:
     probe = case.view.fresh()
     try:
         case.op.run(probe)
-    except (graph.Missing, ValueError):
+    except graph.FAILURES:
         return []
     found = []
     for op in probe.computed:

@@ -23,6 +23,18 @@ class Missing(LookupError):  # noqa: N818 - nothing went wrong: it is how a dump
     """A tap, weight or fact that an operation needs and nobody gave."""
 
 
+# How a formula says that it cannot be run on what was dumped: something is missing, or lies in another shape.
+FAILURES = (
+    Missing,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    ZeroDivisionError,
+    np.linalg.LinAlgError,
+)
+
+
 class View(Protocol):
     """One engine's activations around one layer, as an operation sees them."""
 

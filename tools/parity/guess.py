@@ -14,21 +14,12 @@ import numpy as np
 
 from scarlet_jax.tools.parity import formulas as f
 from scarlet_jax.tools.parity.case import Case, Hypothesis, listed
-from scarlet_jax.tools.parity.graph import Missing, flat
+from scarlet_jax.tools.parity.graph import FAILURES, Missing, flat
 
 Guess = tuple[str, np.ndarray] | tuple[str, np.ndarray, Any]
 Guesses = Callable[[Case], Iterator[Guess]]
 
 GUESSES: dict[str, list[Guesses]] = {}
-_FAILURES = (
-    Missing,
-    ValueError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    ZeroDivisionError,
-    np.linalg.LinAlgError,
-)
 
 
 # Names that fit much: they stand back where a plainer one fits as well.
@@ -60,7 +51,7 @@ def hypotheses(case: Case) -> list[Hypothesis]:
         try:
             with np.errstate(all="ignore"):
                 found += [_scored(case, *guess) for guess in look(case)]
-        except _FAILURES:
+        except FAILURES:
             continue
     return found
 
@@ -225,7 +216,7 @@ def inputs_alone(case: Case) -> list[Hypothesis]:
         x, w = _operands(case)
         for guess in (*_missing_inputs(case, x, w), *_permuted_inputs(case, x, w)):
             found.append(_scored(case, *guess))
-    except _FAILURES:
+    except FAILURES:
         pass
     return found
 

@@ -109,7 +109,7 @@ def _fits(pair: local.Pair, side: int, tap, candidates: Sequence[Arithmetic]) ->
             if _norm(residual) <= 30 * local.EPS32 * _norm(y):
                 return {}
             return {c: _fit(residual, y - value(c), exact) for c in candidates}
-    except (graph.Missing, ValueError):
+    except graph.FAILURES:
         return {}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from scarlet_jax.tools.parity.arithmetic import partner
 from scarlet_jax.tools.parity.facts import Facts
-from scarlet_jax.tools.parity.graph import Missing, Op
+from scarlet_jax.tools.parity.graph import FAILURES, Missing, Op
 from scarlet_jax.tools.parity.view import Arithmetic, LayerView, Run
 
 EPS32 = 2.0**-24  # the relative error of one rounding to f32
@@ -90,7 +90,7 @@ def judge(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> 
         predicted = _predict(pair, 1, op, layer, kind, facts, reference.shape)
         own = _predict(pair, 0, op, layer, kind, facts, reference.shape)
         return _formula(pair, own, predicted, ours, reference, facts)
-    except (Missing, ValueError):  # something is not there, or not in the shape that the formula takes
+    except FAILURES:  # something is not there, or not in the shape that the formula takes
         pass
     inputs = _inputs(pair, op, layer, kind, facts)
     if op.source:
@@ -139,7 +139,7 @@ def _one_sided(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str
             whole = np.asarray(alone.ours.taps[tap], np.float64)
             facts = _facts(alone, dataclasses.replace(op, fit=None), layer, kind, whole)
             own = _predict(alone, 0, dataclasses.replace(op, fit=None), layer, kind, facts, whole.shape)
-        except (Missing, AttributeError):
+        except FAILURES:
             own = None
             facts = pair.reference.facts
         if own is not None:
@@ -298,7 +298,7 @@ def _facts(pair: Pair, op: Op, layer: int | None, kind: str, reference: np.ndarr
         pair.reference.learned.pop((layer, "rope.angle"), None)
         try:
             predicted = _run(pair, 1, op, layer, kind, candidate, reference.shape)
-        except (Missing, ValueError, ZeroDivisionError):
+        except FAILURES:
             continue
         error = _norm(reference - predicted)
         if error < 0.5 * best:
@@ -405,7 +405,7 @@ LOOSE = 2.0
 def _inputs(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> tuple[str, ...]:
     """The taps that the operation reached for before something was missing."""
     view = _view(pair, 1, layer, kind, facts)
-    with contextlib.suppress(Missing, ValueError):
+    with contextlib.suppress(*FAILURES):
         op.run(view)
     return tuple(dict.fromkeys(view.used))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scarlet_jax.tools.parity.graph import Missing, Op, find
+from scarlet_jax.tools.parity.graph import FAILURES, Op, find
 
 Make = Callable[..., Any]
 
@@ -48,7 +48,7 @@ def _both_products(case: Any, other: str) -> bool:
 
 def _input(view: Any, op: Op) -> tuple[str, ...]:
     probe = view.fresh()
-    with contextlib.suppress(Missing, ValueError):
+    with contextlib.suppress(*FAILURES):
         op.run(probe)
     return tuple(probe.used)
 
@@ -86,7 +86,7 @@ def _with_tap(case: Any, name: str, instead: np.ndarray) -> float:
     try:
         with np.errstate(all="ignore"):
             value = np.asarray(case.op.run(view), np.float64)
-    except (Missing, ValueError, IndexError):
+    except FAILURES:
         return 0.0
     return case.share(value.reshape(case.ours.shape)) if value.size == case.ours.size else 0.0
 
@@ -175,7 +175,7 @@ def _rerun(case: Any, stem: str, weight: np.ndarray) -> float:
     try:
         with np.errstate(all="ignore"):
             value = np.asarray(case.op.run(view), np.float64)
-    except (Missing, ValueError):
+    except FAILURES:
         return 0.0
     finally:
         del view.weight
@@ -242,7 +242,7 @@ def _reordered(case: Any, order: Callable[[int], np.ndarray | None]) -> float | 
     view.linear = linear
     try:
         value = np.asarray(case.op.run(view), np.float64)
-    except (Missing, ValueError):
+    except FAILURES:
         return None
     finally:
         del view.linear

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from faults import run, tiny
 from faults.cases import changed, faulty, model, ours, reference, tokens
+from faults.dress import DRESSES
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.tools.parity import Dump, compare, write_dump
@@ -114,6 +115,15 @@ def test_other_layouts_are_aligned(name, change):
     assert report["verdict"] == "clean"
     assert any(tap["aligned"] != "as-is" for tap in report["taps"]), name
     assert not report["unmatched"]["reference"]
+
+
+@pytest.mark.parametrize("dress", ["flat", "head-major"])
+@pytest.mark.parametrize("fault", ["kv-heads-tiled", "conv-silu-missing"])
+def test_a_reference_laid_out_otherwise_is_turned_to_ours(dress, fault):
+    wrong, right = faulty(fault)
+    report = compare(wrong, DRESSES[dress](right))
+    assert report["first"] == compare(wrong, right)["first"]
+    assert compare(ours(), DRESSES[dress](reference()))["verdict"] == "clean"
 
 
 def test_transposed_states_of_another_format_are_aligned_but_ours_are_a_fault():
