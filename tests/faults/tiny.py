@@ -71,6 +71,7 @@ def make(size: str, seed: int = 0) -> Model:
         "general.name": f"tiny-{size}-{seed}",
         f"{arch}.block_count": s["layers"],
         f"{arch}.embedding_length": D,
+        f"{arch}.feed_forward_length": 0 if "experts" in s else s["F"],
         f"{arch}.attention.head_count": s["N"],
         f"{arch}.attention.head_count_kv": s["K"],
         f"{arch}.attention.key_length": s["H"],
