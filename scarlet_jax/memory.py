@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from scarlet_jax import config, model
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import gpu, implementations
+from scarlet_jax.ops.qtensor import QTensor
 from scarlet_jax.span import Span
 
 
@@ -61,11 +62,13 @@ def limit_of(device: Any) -> int | None:
 
 def weight_bytes(weights: model.Weights, *, planes: bool) -> int:
     """Bytes of weights as a device holds them."""
-    if weights.output is weights.token_embd:  # held once
-        weights = dataclasses.replace(weights, output=jnp.zeros(0))
+    packed = lambda w: isinstance(w, QTensor)  # noqa: E731
+    once = list(
+        {id(w): w for w in jax.tree.leaves(weights, is_leaf=packed)}.values()
+    )  # what is tied is held once
     with gpu.mode("elsewhere") if planes else contextlib.nullcontext():
         form = "gpu" if planes else "portable"
-        return _bytes(jax.eval_shape(lambda w: implementations.prepared(w, form), weights))
+        return _bytes(jax.eval_shape(lambda w: implementations.prepared(w, form), once))
 
 
 def _workspace(weights: model.Weights, cfg: config.Config, batch: int, context: int, state: Any) -> int:

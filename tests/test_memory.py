@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 
@@ -44,6 +45,15 @@ def test_the_workspace_grows_as_what_is_computed_does():
     assert short >= 4 * BATCH * 64 * (256 * SHAPE.head_count + 2 * SHAPE.embedding_length)
     assert long >= 4 * BATCH * 512 * (512 * SHAPE.head_count + 3 * SHAPE.feed_forward_length)
     assert long > 4 * short
+
+
+def test_what_is_tied_is_counted_once():
+    """A head that is the embedding, and prediction blocks that use the trunk's."""
+    model = models.model(models.SHAPES["tied"])
+    assert model.weights.output is model.weights.token_embd
+    assert memory.weight_bytes(model.weights, planes=False) == nbytes(model.weights)
+    again = dataclasses.replace(model.weights, nextn=(model.weights,))
+    assert memory.weight_bytes(again, planes=False) == nbytes(model.weights)
 
 
 def test_planes_are_counted_as_they_are_held():
