@@ -392,7 +392,7 @@ def layer(model: Model, x: np.ndarray, positions: np.ndarray, i: int, tap: _Taps
     x = x + (recurrent(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap))
     if not (model.key("feed_forward_length", 0, layer=i) or model.key("expert_count", 0)):
         return tap(f"l_out-{i}", x)
-    tap(f"attn_residual-{i}", x)
+    x = tap(f"attn_residual-{i}", x)
     normed = tap(f"norm-{i}", rms(x, eps))
     h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.{model.family.ffn_norm}.weight"])
     return tap(f"l_out-{i}", x + (moe if model.key("expert_count", 0) else ffn)(model, h, i, tap))
@@ -590,7 +590,7 @@ def delta_net(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
     Dk, Dv = model.key("ssm.state_size"), model.key("ssm.inner_size") // Hv
 
     mixed, z = project_qkvz(model, h, i)
-    tap(f"linear_attn_qkv_mixed-{i}", mixed)
+    mixed = tap(f"linear_attn_qkv_mixed-{i}", mixed)
     tap(f"qkv_mixed_transposed-{i}", mixed)
     before_start = np.zeros((W - 1, mixed.shape[1]))
     padded = tap(f"conv_input-{i}", np.concatenate([before_start, mixed]))
@@ -615,17 +615,17 @@ def delta_net(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
     q = q * query_scale(Dk)
 
     alpha, beta = project_alpha_beta(model, h, i)
-    tap(f"alpha-{i}", alpha)
+    alpha = tap(f"alpha-{i}", alpha)
     rate = tap(f"a_softplus-{i}", softplus(alpha + weights[f"blk.{i}.ssm_dt.bias"]))
     g = tap(f"gate-{i}", rate * weights[f"blk.{i}.ssm_a"])
-    tap(f"beta-{i}", beta[..., None])
-    beta = tap(f"beta_sigmoid-{i}", sigmoid(beta)[..., None])[..., 0]
+    beta = tap(f"beta-{i}", beta[..., None])
+    beta = tap(f"beta_sigmoid-{i}", sigmoid(beta))[..., 0]
 
     o, states = delta_rule(q, k, v, g, beta)
     tap.state(f"state_predelta-{i}", states[tap.start])
     tap.state(f"new_state-{i}", states[T])
     tap(f"attn_output-{i}", o)
-    tap(f"z-{i}", z)
+    z = tap(f"z-{i}", z)
     gated = gated_norm(o, weights[f"blk.{i}.ssm_norm.weight"], z.reshape(T, Hv, Dv), eps)
     gated = tap(f"final_output-{i}", gated.reshape(T, Hv * Dv))
     return tap(f"linear_attn_out-{i}", model.linear(f"blk.{i}.ssm_out", gated))

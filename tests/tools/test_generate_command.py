@@ -115,7 +115,7 @@ def test_threads_and_cache_dtype_reach_the_engine(run, path, monkeypatch):
     command = ["generate", path, "--tokens", "5,6,7", "-n", 0]
     assert run(*command)[0] == run(*command, "--threads", 3, "--kv-dtype", "bf16")[0] == 0
     assert threads == [3]
-    assert options == {"context_length": None, "kv_dtype": jnp.bfloat16, "implementation": None}
+    assert options == {"context_length": None, "kv_dtype": jnp.bfloat16, "implementation": None, "mesh": 1}
 
 
 def test_threads_without_kernels_are_bad_input(run, path, monkeypatch):
