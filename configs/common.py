@@ -107,17 +107,16 @@ def rope_scaling(meta: Metadata, name: str) -> RopeScaling:
         )
     factor = meta.number(f"{key}.factor", meta.number(f"{name}.rope.scale_linear", 1.0)) or 1.0
     meta.require(factor > 0, f"{key}.factor", "above 0")
+    trained = meta.integer(f"{key}.original_context_length", meta.integer(f"{name}.context_length"))
+    meta.require(trained > 0, f"{key}.original_context_length", "1 or more")
     scaling = RopeScaling(
         type="yarn" if kind == "yarn" else "linear",
         factor=1.0 if kind == "none" else factor,
-        original_context_length=meta.integer(
-            f"{key}.original_context_length", meta.integer(f"{name}.context_length")
-        ),
+        original_context_length=trained if kind == "yarn" else 0,
         attn_factor=meta.number(f"{key}.attn_factor", 1.0),
         yarn_beta_fast=meta.number(f"{key}.yarn_beta_fast", 32.0),
         yarn_beta_slow=meta.number(f"{key}.yarn_beta_slow", 1.0),
     )
-    meta.require(scaling.original_context_length > 0, f"{key}.original_context_length", "1 or more")
     meta.require(
         0 < scaling.yarn_beta_slow < scaling.yarn_beta_fast,
         f"{key}.yarn_beta_slow",

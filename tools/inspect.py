@@ -377,7 +377,8 @@ def _words(part: Any, exclude: tuple[str, ...] = ()) -> Iterator[str]:
     """The fields of a config: "head_count 8", "gated"."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
-        if field.name in exclude:
+        absent = value == () or (dataclasses.is_dataclass(value) and value == field.default)
+        if field.name in exclude or absent:
             continue
         if dataclasses.is_dataclass(value):
             yield f"{field.name} ({', '.join(_words(value))})"
