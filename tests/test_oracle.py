@@ -319,7 +319,7 @@ FORMULAS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_every_small_mistake_shows(name, path, llama_cpp_taps, monkeypatch):

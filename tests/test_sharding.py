@@ -41,7 +41,7 @@ def test_on_eight_devices():
     run_cases()
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 def test_every_shape_on_eight_devices():
     run_cases("-m", "slow")
 
@@ -113,7 +113,7 @@ def test_parts_of_an_array_are_what_indexing_gives():
 SHAPE = models.DENSE_SHAPES["qwen3"]
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 def test_processes_share_a_model(tmp_path):
     """Two processes of two devices: the tokens of one process alone; the first tells them, and its seed."""
     with socket.socket() as free:

@@ -47,7 +47,7 @@ def test_the_origin_fault():
         assert "q5_k-high-bit" in outcome.said
 
 
-@pytest.mark.slow
+@pytest.mark.hours
 def test_the_whole_benchmark():
     """What the analyzer has to reach: most verdicts, places and causes right; unknown rather than wrong."""
     both = ("dumps", "model")
