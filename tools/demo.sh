@@ -8,7 +8,7 @@ ask() { printf '\n\033[2m%s\033[0m' "$1" && scarlet generate -p "$1" "${@:2}" &&
 say "The model in the box: 3.9 million parameters, in the mix of Q4_K, Q5_K and Q6_K that llama.cpp makes"
 scarlet inspect
 
-say "It tells a story that holds together, remembers, copies and adds"
+say "It tells a story, remembers, copies and adds"
 ask "One day, Rosa ran to the" --raw -n 62 --stats
 ask $'Remember: apple is star, plum is rope, corn is silk.\nWhat is plum? It is'
 ask $'Copy: rain star gold wool fire.\nAgain:'

@@ -157,7 +157,7 @@ def test_each_part_of_a_turn_counts(place, wrong):
     ],
 )
 def test_frequencies_are_those_of_transformers(kind, rotary, head, base, settings):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     part = math.nextafter(rotary / head, 1.0)
@@ -181,8 +181,8 @@ def test_frequencies_are_those_of_transformers(kind, rotary, head, base, setting
 @pytest.mark.parametrize(("kind", "sections"), [("mrope", (4, 6, 2, 0)), ("imrope", (4, 4, 4, 0))])
 def test_image_positions_turn_as_in_transformers(kind, sections):
     """Qwen2-VL has the sections one after the other, Qwen3.5 interleaved; an image between two texts."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
+    transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
     from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2_vl
     from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
