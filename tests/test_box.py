@@ -143,6 +143,24 @@ def test_skills_and_perplexity():
         assert score.perplexity == pytest.approx(nats, rel=1e-3)  # f32 sums in another order, and no more
 
 
+@pytest.mark.parametrize("kind", ["copy", "recall"])  # of which it drafts some, and not all
+def test_drafts_are_accepted_where_the_judges_trunk_and_block_have_the_same_token_on_top(kind):
+    path = data.model_path()
+    model = load(path)
+    encoder, same = text.Encoder(model.tokenizer), []
+    for document in itertools.islice(corpus.documents(0, corpus.HELD_OUT, kind=kind), 3):
+        turns = encoder.turns(document)
+        row = [encoder.end, *itertools.chain.from_iterable(p + a for p, a in turns)]
+        logits, seen = oracle.forward(path, row)
+        before = np.pad(seen["result_norm"], ((1, 0), (0, 0)))[:-1]
+        agrees = logits.argmax(-1) == oracle.predict(path, row, before)[0].argmax(-1)
+        answered = itertools.chain.from_iterable([False] * len(p) + [True] * len(a) for p, a in turns)
+        same += agrees[:-1][list(answered)].tolist()
+    accepted = skills.score(model, kind, documents=3).accepted
+    assert 0 < accepted < 1
+    assert accepted == pytest.approx(np.mean(same), abs=1e-12)
+
+
 @pytest.mark.parametrize(
     "command", ["inspect", "audit", "taps -p Hello -o dump", "parity --against llama.cpp -p Hello"]
 )

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +97,13 @@ def test_copies_sums_and_counts_are_right():
         assert document[0].answer == f" {' '.join(map(str, range(first, last + step, step)))}.\n"
 
 
+def test_more_questions_change_nothing_else():
+    """The vocabulary is learnt from documents with two; those with more are the same, and ask on."""
+    few, many = (corpus.story(np.random.default_rng(5), questions) for questions in (2, 8))
+    assert many[: len(few)] == few
+    assert len(set(many)) == len(many) >= 7  # the story and each of its questions once
+
+
 def test_answers_about_a_story_are_in_the_story():
     for document in take(100, kind="story"):
         story, *questions = document
@@ -123,6 +131,10 @@ def test_batches_are_whole_rows_of_documents_in_order(vocabulary):
     assert batch.tokens.shape == batch.weight.shape == (6, 51)
     expected = [encoder.end, *itertools.chain.from_iterable(encoder.encode(d)[0] for d in take(20))][:51]
     assert batch.tokens[0].tolist() == expected
+    row = batch.tokens[1].tolist()  # not of an end token, but of a document that the first row did not take
+    begins = [encoder.encode(document)[0] for document in take(20)]
+    assert any(row[: len(tokens)] == tokens for tokens in begins)
+    assert tuple(batch.tokens[2:, 0] == encoder.end) == (True, False, True, False)
     weights = np.unique(batch.weight)
     assert weights.tolist() == [np.float32(w) for w in (0, text.PROMPT_WEIGHT, 0.25, 1)]
 
@@ -278,7 +290,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path):
 def test_checkpoints_of_another_recipe_and_other_files_are_refused(tmp_path):
     path = tmp_path / "c"
     loop.save(path, RECIPE, loop.start(RECIPE))
-    for change in ({"rows": 3}, {"seed": 1}, {"decay": 0.1}):
+    for change in ({"rows": 3}, {"seed": 1}, {"decay": 0.2}, {"init": "another file"}):
         with pytest.raises(BadInput, match="another recipe"):
             loop.restore(path, dataclasses.replace(RECIPE, **change))
     path.write_bytes(b"not safetensors")
@@ -302,6 +314,44 @@ def test_a_run_may_be_cut_short_or_lengthened_until_its_rates_fall(tmp_path, ste
     assert loop.restore(tmp_path / "c", recipe).step == step
 
 
+# --- A start from a file ------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_the_weights_of_a_packed_file(files, vocabulary):
+    """Unpacked by gguf-py; and the loss of the first step is that of the file's own logits."""
+    init = network.read(files["Q4_K_M"], SHAPE, vocabulary)
+    run = loop.start(RECIPE, init=init)
+    for tensor in gguf.GGUFReader(files["Q4_K_M"]).tensors:
+        found = network.tensors(run.parameters)[tensor.name]
+        # exp(log(x)) of ssm_a rounds twice; all else is exact.
+        np.testing.assert_allclose(
+            found, gguf.dequantize(tensor.data, tensor.tensor_type).reshape(found.shape), rtol=1e-6
+        )
+    assert run.parameters.keys() == network.initial(SHAPE, 0).keys()
+
+
+def test_what_an_f32_file_holds_is_what_was_trained(files, parameters, vocabulary):
+    init = network.read(files["F32"], SHAPE, vocabulary)
+    assert init.keys() == parameters.keys()
+    for name, x in parameters.items():
+        np.testing.assert_allclose(init[name], x, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_a_prediction_block_is_taken_where_there_is_one(files, drafting, vocabulary):
+    assert network.read(drafting[1], DRAFT.shape, vocabulary).keys() == drafting[0].keys()
+    without = network.read(files["F32"], DRAFT.shape, vocabulary)
+    run = loop.start(DRAFT, init=without)
+    assert run.parameters.keys() == drafting[0].keys() > without.keys()
+
+
+def test_files_of_another_shape_or_vocabulary_are_refused(files, vocabulary):
+    with pytest.raises(BadInput, match=r"blk.0.ffn_gate.weight: \(512, 256\); expected \(768, 256\)"):
+        network.read(files["F32"], dataclasses.replace(SHAPE, feed_forward_length=768), vocabulary)
+    other = vocabulary | {"tokenizer.ggml.tokens": vocabulary["tokenizer.ggml.tokens"][::-1]}
+    with pytest.raises(BadInput, match="of another vocabulary"):
+        network.read(files["F32"], SHAPE, other)
+
+
 # --- Files --------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +363,22 @@ def test_files_load_in_llama_cpp_with_equal_logits(files, quant):
     ours = np.asarray(load(files[quant]).forward(tokens)[0])
     # llama.cpp rounds activations to f16 before a product with F16 weights.
     assert relative_l2(theirs, ours) < {"F32": 1e-5, "F16": 2e-3}[quant]
+
+
+def test_converted_back_it_is_a_checkpoint_of_transformers_with_equal_logits(files, tmp_path):
+    """F32 GGUF -> a transformers model -> the checkpoint that it saves -> loaded by transformers' own means."""
+    torch = pytest.importorskip("torch", reason="the transformers extra is not installed")
+    from transformers import AutoModelForCausalLM
+
+    from scarlet_jax.tools.engines import transformers_model
+
+    transformers_model.load(files["F32"]).model.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = np.random.default_rng(7).integers(0, SHAPE.vocab_size, 70)  # more than a chunk of the delta rule
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens[None])).logits[0].numpy()
+    assert relative_l2(theirs, oracle.forward(files["F32"], tokens)[0]) < 1e-5  # f32 throughout
+    assert relative_l2(load(files["F32"]).forward(tokens)[0], theirs) < 1e-5
 
 
 def test_the_quantised_file_has_the_stock_mix(files):
@@ -350,3 +416,4 @@ def test_scores_count_the_turns_that_are_asked(files):
     assert scored.turns == 10  # two questions a story
     assert scored.right == 0
     assert scored.perplexity > 100  # nothing learnt: about the size of the vocabulary
+    assert scored.accepted is None

@@ -4,12 +4,17 @@ First the trunk, then behind it, as it is, a block that predicts one token more.
 finds its checkpoints in OUT continues, and sees the text that it would have seen. The loss curves are drawn
 beside them. Until the last part of a run, over which its rates fall, --steps may still be changed.
 
+With --init a run starts from the weights of a file, packed or not, and a fresh optimiser, and sees the later mix
+of texts from its first step on.
+
 example: python -m scarlet_jax.tools.train /tmp/box --steps 2400
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -50,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         value = getattr(default, name)
         parser.add_argument(f"--{name}", metavar="N", type=int, default=value, help=f"({value})")
     parser.add_argument(
+        "--init", metavar="MODEL", type=Path, help="the .gguf whose weights the run starts from"
+    )
+    parser.add_argument(
         "--draft-steps",
         metavar="N",
         type=int,
@@ -61,12 +69,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     recipe = loop.Recipe(seed=args.seed, steps=args.steps, rows=args.rows, length=args.length)
+    vocabulary = text.vocabulary(recipe.shape.vocab_size, recipe.seed)
+    init: network.Parameters = {}
+    if args.init:
+        init = network.read(args.init, prediction.recipe(recipe, args.draft_steps).shape, vocabulary)
+        digest = hashlib.sha256(args.init.read_bytes()).hexdigest()
+        recipe = dataclasses.replace(recipe, init=digest, turn=0)
     args.out.mkdir(parents=True, exist_ok=True)
-    parameters = _phase(args.out, "trunk", recipe)
+    parameters = _phase(args.out, "trunk", recipe, init=init)
     if args.draft_steps:
         recipe = prediction.recipe(recipe, args.draft_steps)
-        parameters |= _phase(args.out, "draft", recipe, prediction.loss, frozen=parameters)
-    vocabulary = text.vocabulary(recipe.shape.vocab_size, recipe.seed)
+        parameters |= _phase(args.out, "draft", recipe, prediction.loss, parameters, init)
     for quant in QUANTS:
         path = args.out / f"box-{quant}.gguf"
         export.write(path, parameters, recipe.shape, vocabulary, quant)
@@ -78,11 +91,13 @@ def _phase(
     name: str,
     recipe: loop.Recipe,
     loss: loop.Loss = network.loss,
-    frozen: network.Parameters = loop.NONE_FROZEN,
+    frozen: network.Parameters = loop.NONE,
+    init: network.Parameters = loop.NONE,
 ) -> network.Parameters:
     """Train what is not frozen, from its checkpoint if there is one; returns it."""
     checkpoint = out / f"{name}.safetensors"
-    run = loop.restore(checkpoint, recipe, frozen) if checkpoint.exists() else loop.start(recipe, frozen)
+    found = checkpoint.exists()
+    run = loop.restore(checkpoint, recipe, frozen) if found else loop.start(recipe, frozen, init)
 
     def save() -> None:
         loop.save(checkpoint, recipe, run)

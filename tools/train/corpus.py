@@ -107,8 +107,11 @@ def _several(rng: Rng, words: Sequence[str], count: int) -> list[str]:
 # --- Stories ------------------------------------------------------------------------------------------------
 
 
-def story(rng: Rng) -> Document:
-    """Somebody finds a thing, hides it, is visited; and two questions about it."""
+QUESTIONS = 2  # about a story
+
+
+def story(rng: Rng, questions: int = QUESTIONS) -> Document:
+    """Somebody finds a thing, hides it, is visited; and some of the questions there are about it, in any order."""
     name, friend = _several(rng, list(NAMES), 2)
     who, place, thing = NAMES[name], _pick(rng, PLACES), _pick(rng, THINGS)
     colour, container, mood = _pick(rng, COLOURS), _pick(rng, CONTAINERS), _pick(rng, MOODS)
@@ -139,7 +142,7 @@ def story(rng: Rng) -> Document:
     else:
         text += f" {friend} looked in the {container} and saw the {colour} {thing}."
     text += f" {name} and {friend} {_pick(rng, PLAYS)} with the {animal} in the {place}. The end.\n"
-    chosen = rng.permutation(len(facts))[:2]
+    chosen = rng.permutation(len(facts))[:questions]
     return (Turn("", text), *(Turn(f"Question: {facts[i][0]}\nAnswer:", f" {facts[i][1]}\n") for i in chosen))
 
 
@@ -202,18 +205,22 @@ KINDS: dict[str, Callable[[Rng], Document]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """How often each kind is drawn, and how much a story's own text counts as a target beside an answer.
+    """How often each kind is drawn; of a story, how much its new words count beside an answer, and its questions.
 
     A story is two to five times as long as an exercise. Half of its text is drawn and cannot be foreseen.
+    At most so many questions follow it.
     """
 
     shares: dict[str, float]
     told: float
+    questions: int = QUESTIONS
 
 
-# Exercises that are soon learnt first; then what takes finding again: who, what and where.
+# Exercises that are soon learnt first; then what takes finding again: who, what and where, all that can be asked.
 FIRST = Mix({"story": 0.15, "recall": 0.32, "copy": 0.13, "arithmetic": 0.15, "counting": 0.25}, told=0.4)
-LATER = Mix({"story": 0.3, "recall": 0.5, "copy": 0.05, "arithmetic": 0.07, "counting": 0.08}, told=0.15)
+LATER = Mix(
+    {"story": 0.7, "recall": 0.15, "copy": 0.05, "arithmetic": 0.05, "counting": 0.05}, told=0.05, questions=8
+)
 CHATS = 0.2  # of the exercises, as a conversation
 
 TRAINING, HELD_OUT = 0, 1  # streams of one seed that have no draws in common
@@ -227,7 +234,7 @@ def documents(
     rng = np.random.default_rng([seed, stream, part, 1 + kinds.index(kind) if kind else 0])
     while True:
         chosen = kind or kinds[rng.choice(len(kinds), p=shares)]
-        document = KINDS[chosen](rng)
+        document = story(rng, mix.questions) if chosen == "story" else KINDS[chosen](rng)
         talks = kind is None and chosen != "story" and rng.random() < CHATS
         yield as_chat(document) if talks else document
 

@@ -37,6 +37,7 @@ class Recipe:
     seed: int = 0
     steps: int = 2400
     turn: int = 1842  # the step from which the text is of the later mix
+    init: str = ""  # SHA-256 of the file whose parameters it starts from, if any
     rows: int = 16
     length: int = 128
     learning_rate: float = 0.02  # of Muon, for matrices
@@ -116,18 +117,18 @@ def _rules(parameters: network.Parameters) -> dict[str, str]:
     return {name: "muon" if name.endswith(endings) else "adam" for name in parameters}
 
 
-NONE_FROZEN: network.Parameters = {}
+NONE: network.Parameters = {}
 
 
-def start(recipe: Recipe, frozen: network.Parameters = NONE_FROZEN) -> Run:
-    """Before the first step; trained are the parameters that are not frozen."""
+def start(recipe: Recipe, frozen: network.Parameters = NONE, init: network.Parameters = NONE) -> Run:
+    """Before the first step; trained are the parameters that are not frozen, from `init` where it has them."""
     every = network.initial(recipe.shape, recipe.seed)
-    parameters = {name: x for name, x in every.items() if name not in frozen}
+    parameters = {name: init.get(name, x) for name, x in every.items() if name not in frozen}
     return Run(0, parameters, optimiser(recipe).init(parameters), [])
 
 
 def train(
-    recipe: Recipe, run: Run, loss: Loss = network.loss, frozen: network.Parameters = NONE_FROZEN
+    recipe: Recipe, run: Run, loss: Loss = network.loss, frozen: network.Parameters = NONE
 ) -> Iterator[Run]:
     """Steps until the recipe's last; yields after each one."""
     vocabulary = text.vocabulary(recipe.shape.vocab_size, recipe.seed)
@@ -173,7 +174,7 @@ def save(path: Path, recipe: Recipe, run: Run) -> None:
         save_file(arrays, temporary, {"step": str(run.step), "recipe": _recipe_text(recipe)})
 
 
-def restore(path: Path, recipe: Recipe, frozen: network.Parameters = NONE_FROZEN) -> Run:
+def restore(path: Path, recipe: Recipe, frozen: network.Parameters = NONE) -> Run:
     """A run saved under the same recipe, or one of other `steps` that was the same so far.
 
     Raises BadInput for a file of another recipe, or none of ours.

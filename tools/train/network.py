@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from scarlet_jax import configs, ffn
+from scarlet_jax import gguf as reader
 from scarlet_jax.config import Config
+from scarlet_jax.errors import BadInput
 from scarlet_jax.gguf import Metadata
 from scarlet_jax.model import MIXERS, BlockWeights, Weights, head, init_state, trunk
 from scarlet_jax.ops import implementations
+from scarlet_jax.ops.quants import decode
 from scarlet_jax.tools import synth
 from scarlet_jax.tools.train import products
 from scarlet_jax.types import Array
@@ -83,6 +87,27 @@ def _draw(
 def tensors(parameters: Parameters) -> Parameters:
     """The tensors of the file."""
     return {name: -jnp.exp(x) if name.endswith("ssm_a") else x for name, x in parameters.items()}
+
+
+def read(path: Path, shape: synth.Shape, tokenizer: dict[str, Any]) -> Parameters:
+    """The parameters of a file, unpacked from whatever types it has; of a prediction block those that it has.
+
+    Raises BadInput for a file of another shape or vocabulary.
+    """
+    file = reader.read(path)
+    tokens = tokenizer["tokenizer.ggml.tokens"]
+    if file.metadata.get("tokenizer.ggml.tokens") != tokens:
+        raise BadInput(f"{path}: of another vocabulary; expected one learnt from the same seed")
+    values = {}
+    for name, dims, _ in synth.ARCHS[shape.arch].tensors(shape):
+        tensor = file.tensors.get(name)
+        if tensor is None and name.startswith(f"blk.{shape.block_count}."):
+            continue
+        if tensor is None or tensor.shape != dims:
+            raise BadInput(f"{path}: {name}: {tensor and tensor.shape}; expected {dims}")
+        x = decode(np.asarray(tensor.data), tensor.qtype)
+        values[name] = jnp.log(-x) if name.endswith("ssm_a") else x
+    return values
 
 
 def weights(parameters: Parameters, cfg: Config) -> Weights:

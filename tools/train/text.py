@@ -62,13 +62,17 @@ class Encoder:
     def encode(self, document: corpus.Document, told: float = 1.0) -> tuple[list[int], list[float]]:
         """A document's tokens, the end token among them, and how much each counts as a target.
 
-        An answer counts 1, and what is told without having been asked for `told`.
+        An answer counts 1. Of what is told without having been asked for, a token that was told before counts 1
+        too, for it can be found again, and a new one `told`.
         """
         tokens: list[int] = []
         weight: list[float] = []
         for prompt, answer in self.turns(document):
-            tokens += prompt + answer
-            weight += [PROMPT_WEIGHT] * len(prompt) + [1.0 if prompt else told] * len(answer)
+            weight += [PROMPT_WEIGHT] * len(prompt)
+            tokens += prompt
+            for token in answer:
+                weight.append(1.0 if prompt or token in tokens else told)
+                tokens.append(token)
         return [*tokens, self.end], [*weight, 1.0]
 
 
@@ -77,17 +81,18 @@ def batch(
 ) -> Batch:
     """`rows` rows of `length` + 1 tokens, each one document after another, the last cut off.
 
-    Every row begins with the end token, as every document does that follows another.
+    The first row begins with the end token, as every document does that follows another, the next one without,
+    as a prompt does that somebody types; and so on by turns.
     """
-    encoded = [_row(encoder, documents, length + 1, told) for _ in range(rows)]
+    encoded = [_row(encoder, documents, length + 1, told, marked=i % 2 == 0) for i in range(rows)]
     tokens, weight = zip(*encoded, strict=True)
     return Batch(jnp.asarray(tokens, jnp.int32), jnp.asarray(weight, jnp.float32))
 
 
 def _row(
-    encoder: Encoder, documents: Iterator[corpus.Document], length: int, told: float
+    encoder: Encoder, documents: Iterator[corpus.Document], length: int, told: float, *, marked: bool
 ) -> tuple[list[int], list[float]]:
-    tokens, weight = [encoder.end], [0.0]
+    tokens, weight = ([encoder.end], [0.0]) if marked else ([], [])
     while len(tokens) < length:
         more, counts = encoder.encode(next(documents), told)
         tokens += more
