@@ -87,6 +87,7 @@ def _experts(source):
         "num_experts_per_tok": source.key("expert_used_count"),
         "moe_intermediate_size": source.key("expert_feed_forward_length"),
         "norm_topk_prob": True,
+        "experts_implementation": "eager",
     }
 
 

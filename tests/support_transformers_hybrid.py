@@ -36,7 +36,7 @@ def hybrid_logits(path, ids):
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     with torch.no_grad():
-        return net.eval()(torch.tensor(np.array([ids]))).logits[0].numpy()
+        return net.eval()(torch.tensor(np.array([ids])), use_cache=False).logits[0].numpy()
 
 
 def _network(source):
@@ -66,6 +66,7 @@ def _network(source):
         shared_expert_intermediate_size=source.key("expert_shared_feed_forward_length"),
         tie_word_embeddings="output.weight" not in source.weights,
         attn_implementation="eager",
+        experts_implementation="eager",  # the other wants widths of a multiple of four
     )
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 

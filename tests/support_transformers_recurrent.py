@@ -47,7 +47,7 @@ def logits(path, ids):
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}  # tied
     with torch.no_grad():
-        return net.eval()(torch.tensor(np.array([ids]))).logits[0].numpy()
+        return net.eval()(torch.tensor(np.array([ids])), use_cache=False).logits[0].numpy()
 
 
 def _lfm2(source):
