@@ -43,15 +43,17 @@ def llama_cpp_takes(shape: Shape) -> bool:
 
 
 def transformers_takes(shape: Shape) -> bool:
-    """It knows no fourth position: all pairs must be one of the first three's.
+    """Whether it computes the same.
 
-    And what loads qwen35 runs with a cache, which without attention it does not make; what loads experts knows
-    no separate scales.
+    It knows no fourth position: all pairs must be one of the first three's. Its delta net's keys are divided by
+    their length with an epsilon of their own, 1e-6. What loads qwen35 runs with a cache, which without attention
+    it does not make; what loads experts knows no separate scales.
     """
     in_sections = shape.arch in ("qwen35", "qwen35moe")
     theirs = not in_sections or shape.dimension_sections == in_turn(shape.dimension_count // 2)
+    small = shape.arch not in HYBRID or shape.layer_norm_rms_epsilon == 1e-6
     cached = shape.arch != "qwen35" or not all(shape.recurrent_layers or ())
-    return theirs and cached and not (shape.scales and shape.expert_count)
+    return theirs and small and cached and not (shape.scales and shape.expert_count)
 
 
 @st.composite
