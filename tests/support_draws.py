@@ -18,7 +18,10 @@ _BIASES = {
 
 @st.composite
 def shapes(draw: st.DrawFn, archs: tuple[str, ...] = ARCHITECTURES) -> Shape:
-    """A model of one of these architectures; no two of its sizes need be alike."""
+    """A model of one of these architectures; no two of its sizes need be alike.
+
+    The first of each list is what hypothesis tries first: several of everything, so that a swap shows.
+    """
     arch = draw(st.sampled_from(archs))
     layers = draw(st.sampled_from([3, 2, 1]))
     sizes = {
@@ -58,13 +61,13 @@ def transformers_takes(shape: Shape) -> bool:
 
 @st.composite
 def _attention(draw: st.DrawFn, arch: str) -> dict:
-    kv_heads = draw(st.integers(1, 4))
-    pairs = draw(st.integers(2, 24))
+    kv_heads = draw(st.sampled_from([2, 3, 1, 4]))
+    pairs = draw(st.integers(5, 24))
     # llama.cpp rotates whole heads where the file has no word of another size for this architecture.
-    rotary = draw(st.integers(1, pairs)) if arch in HYBRID else pairs
+    rotary = draw(st.integers(3, pairs)) if arch in HYBRID else pairs
     fused = draw(st.booleans())
     sizes = {
-        "head_count": kv_heads * draw(st.integers(1, 4)),
+        "head_count": kv_heads * draw(st.sampled_from([3, 2, 1, 4])),
         "head_count_kv": kv_heads,
         "key_length": 2 * pairs,
         "dimension_count": 2 * rotary,
@@ -101,14 +104,14 @@ def in_turn(pairs: int) -> tuple[int, ...]:
 
 @st.composite
 def _recurrent(draw: st.DrawFn, arch: str, layers: int) -> dict:
-    groups = draw(st.integers(1, 4))
-    attentive = [i % 2 == 1 for i in range(layers)]  # what hypothesis tries first: layers of both kinds
+    groups = draw(st.sampled_from([2, 3, 1, 4]))
+    attentive = [i % 2 == 1 for i in range(layers)]  # by default: layers of both kinds
     return {
         "recurrent_layers": tuple(draw(st.booleans()) == flag for flag in attentive),
         "conv_kernel": draw(st.integers(2, 6)),
-        "state_size": draw(st.integers(2, 48)),
+        "state_size": draw(st.integers(3, 48)),
         "group_count": groups,
-        "time_step_rank": groups * draw(st.integers(1, 4)),
+        "time_step_rank": groups * draw(st.sampled_from([3, 2, 1, 4])),
         "ssm_head_length": draw(st.integers(2, 24)) if arch == "mamba2" else 0,
         "legacy_ssm_in": arch == "qwen3next" and draw(st.booleans()),
     }
@@ -122,12 +125,12 @@ def _network(draw: st.DrawFn, arch: str) -> dict:
     scales = arch in ("qwen35", "qwen35moe") and draw(st.booleans())
     if arch not in ("qwen35moe", "qwen3next", "qwen3moe"):
         return {"feed_forward_length": draw(width), "scales": scales}
-    experts = draw(st.integers(1, 9))
+    experts = draw(st.sampled_from([5, *range(1, 10)]))
     return {
         "feed_forward_length": 0,
         "scales": scales,
         "expert_count": experts,
-        "expert_used_count": draw(st.integers(1, experts)),
+        "expert_used_count": draw(st.sampled_from([(experts + 1) // 2, *range(1, experts + 1)])),
         "expert_feed_forward_length": draw(width),
         "expert_shared_feed_forward_length": draw(width) if arch in HYBRID else 0,
         "fused_gate_up": arch in HYBRID and draw(st.booleans()),
