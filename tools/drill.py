@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="a .gguf with Q5_K tensors (the model in the box)")
     add("-p", "--prompt", metavar="TEXT", default="One morning, Anna went to the", help="what to continue")
-    add("-n", metavar="N", type=int, default=60, help="tokens of text (60)")
+    add("-n", metavar="N", type=int, default=64, help="tokens of text (64)")
     common.add_json_argument(parser)
 
 
@@ -216,35 +217,50 @@ def run(args: argparse.Namespace) -> int:
 def show(result: Mapping[str, Any], console: Console) -> None:
     """The drill as a story in two parts."""
     stock, merge = result["stock"], result["merge"]
-    console.print("The fault, in a copy of the Q5_K decoder: one mask for both nibbles of a byte")
-    console.print(_DIFF)
-    console.rule(f"1. A stock mix: {result['model']}", align="left")
+    say = functools.partial(console.print, soft_wrap=True)
+    say("The fault: in a copy of our Q5_K decoder, one mask for both nibbles of a byte.")
+    say(_DIFF)
+    console.rule(f"1. A stock mix: {result['model']}, some of whose weights are {BROKEN}", align="left")
     _show_texts(stock, result["prompt"], console)
-    console.print(f"[bold red]{stock['verdict']}[/]  {escape(stock['sentence'])}", soft_wrap=True)
+    say("Which operation is it? Every one of ours, faulty copy and all, beside llama.cpp's on the same file:")
+    say(f"[bold red]{stock['verdict']}[/]  {escape(stock['sentence'])}")
     console.print(_before_and_after(stock))
-    console.rule("2. A merge: the same, but Q6_K in place of Q5_K", align="left")
+    console.rule(f"2. A merge: the same model with {SPARED} in place of {BROKEN}", align="left")
     _show_texts(merge, result["prompt"], console)
-    console.print(f"[bold green]{merge['verdict']}[/]  {escape(merge['sentence'])}", soft_wrap=True)
-    console.print(
-        "The same wrong decoder, and nothing to see. The audit, which tries what this file does not use:"
+    say(f"[bold green]{merge['verdict']}[/]  {escape(merge['sentence'])}")
+    say(
+        "The decoder is as wrong as before, and nothing in this file shows it. The audit tries what is not used, too:"
     )
-    audit.show(merge["audit"], console)
+    audit.show(_packed(merge["audit"]), console)
+    say(
+        f"{BROKEN}: wrong, and used by no weight here. A file that does use it will be garbage, as the first was."
+    )
     end = "[bold green]found[/], and named" if result["found"] else "[bold red]not found[/] as it should be"
     console.print(f"\nThe fault was {end}.")
 
 
+def _packed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The audit less the weights that are not packed, whose many roles would hide the rest."""
+    return {**report, "coverage": [pair for pair in report["coverage"] if pair["qtype"] != "F32"]}
+
+
 def _show_texts(part: Mapping[str, Any], prompt: str, console: Console) -> None:
+    """What the right decoder and the faulty one make of the prompt; once where that is the same."""
+    same = part["text_right"] == part["text_wrong"]
     table = Table(box=None, show_header=False, pad_edge=False)
-    for label, key in (("right", "text_right"), ("faulty", "text_wrong")):
+    for label, key in (
+        [("both", "text_right")] if same else [("right", "text_right"), ("faulty", "text_wrong")]
+    ):
         text = common.visible(part[key]).replace("\n", " ")
         table.add_row(f"[bold]{label}[/]", f"[dim]{escape(prompt)}[/]{escape(text)}")
     console.print(table)
 
 
 def _before_and_after(part: Mapping[str, Any]) -> Table:
+    """The first broken tap's distance to llama.cpp's: a ratio and a cosine of 1 and an L2 of 0 are no distance."""
     first = part["first"] or {"tap": "?"}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in (first["tap"], "|a|/|b|", "|a-b|/|b|", "cosine"):
+    for heading in (first["tap"], "norm ratio", "relative L2", "cosine"):
         table.add_column(heading, justify="left" if heading == first["tap"] else "right")
     for label, key in (("with the fault", "before"), ("without it", "after")):
         numbers = (part[key][name] for name in ("norm_ratio", "relative_l2", "cosine"))
