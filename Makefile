@@ -6,11 +6,12 @@ EXTRAS ?= test,transformers
 
 , := ,
 INSTALLED = $(VENV)/installed-$(subst $(,),-,$(EXTRAS))
+DEMO = $(or $(wildcard $(INSTALLED)),$(VENV)/installed-for-demo)
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-slow lint clean
 
-demo: $(INSTALLED)
+demo: $(DEMO)
 	@PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh
 
 test: $(INSTALLED) lint
@@ -24,10 +25,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-$(INSTALLED): pyproject.toml $(wildcard setup.py) $(wildcard ops/cpu/*.cc ops/cpu/*.h)
+# The demo takes only llama.cpp to compare with, or what `make test` has installed already.
+$(VENV)/installed-for-demo: NEEDS = test
+$(INSTALLED): NEEDS = $(EXTRAS),dev
+
+$(VENV)/installed-%: pyproject.toml $(wildcard setup.py) $(wildcard ops/cpu/*.cc ops/cpu/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(NEEDS)]'
 	touch $@
 
 clean:
