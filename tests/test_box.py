@@ -1,6 +1,7 @@
 """The model in the box: what it writes and what it can do, on every path."""
 
 import itertools
+import re
 
 import numpy as np
 import oracle
@@ -15,26 +16,27 @@ from scarlet_jax.tools.cli import main
 from scarlet_jax.tools.train import corpus, skills, text
 
 STORY = (
-    " orchard. She spotted a purple needle there. Anna was tired. She stored the needle in the trunk. "
-    'Then Daisy came with a lamb. "Where is the purple needle?" said Daisy. "It is in the trunk," said '
-    "Anna. Anna and Daisy danced with the lamb in the orchard. The end.\n"
+    " bakery. She saw a spotted shoe there. Anna was brave. She hid the shoe in the trunk. Then Daisy came with a "
+    "spaniel. Daisy looked in the trunk and saw the spotted shoe. Anna and Daisy sat with the spaniel in the "
+    "bakery. The end.\nQuestion: Who saw the shoe?\nAnswer: Anna.\nQuestion: Where is the shoe?\nAnswer: In the "
+    "trunk.\nQuestion: Who came with a spaniel?\nAnswer: Daisy.\n"
 )
 CONTINUATIONS = {
     "One morning, Anna went to the": STORY,
     "Remember: apple is star, plum is rope.\nWhat is plum? It is": " rope.\n",
     "Copy: rain star gold.\nAgain:": " rain star gold.\n",
     "7 + 8 =": " 15.\n",
-    "Count from 8 to 11:": " 8 9 10 11.\n",
+    "Count from 5 to 9:": " 5 6 7 8 9.\n",
 }
 
 
-# Kind -> turns answered exactly, of how many, and perplexity of the answers, of 32 documents.
+# Kind -> turns answered exactly, of how many, perplexity of the answers and share of drafts accepted, of 32 documents.
 SKILLS = {
-    "story": (39, 64, 2.061278),
-    "recall": (85, 86, 1.014493),
-    "copy": (31, 32, 1.032614),
-    "arithmetic": (96, 96, 1.000085),
-    "counting": (32, 32, 1.000072),
+    "story": (64, 64, 1.852259, 0.826972),
+    "recall": (83, 86, 1.108211, 0.627907),
+    "copy": (32, 32, 1.004926, 0.596939),
+    "arithmetic": (93, 96, 1.034338, 0.773770),
+    "counting": (32, 32, 1.003792, 0.813636),
 }
 
 # Name -> implementation, and the instruction set of its kernels.
@@ -135,12 +137,29 @@ def test_transformers_runs_it_with_the_same_logits(examples):
 
 
 def test_skills_and_perplexity():
-    """In batches of several lengths. Turns whose two best tokens are close may fall either way."""
+    """In batches of several lengths. Turns whose two best tokens are close may fall either way, and so may drafts."""
     model = load(data.model_path())
-    for kind, (right, turns, nats) in SKILLS.items():
+    for kind, (right, turns, perplexity_of_answers, accepted) in SKILLS.items():
         score = skills.score(model, kind, documents=32)
         assert (abs(score.right - right) <= 1, score.turns) == (True, turns), score
-        assert score.perplexity == pytest.approx(nats, rel=1e-3)  # f32 sums in another order, and no more
+        # f32 sums in another order, and no more; of some 200 drafts one or two.
+        assert score.perplexity == pytest.approx(perplexity_of_answers, rel=1e-3)
+        assert score.accepted == pytest.approx(accepted, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["Rosa", "Tom"])
+def test_what_it_tells_without_a_first_token_holds_together(name):
+    """As somebody types it: where it was, who came and where the thing is, and the answers say so."""
+    model = load(data.model_path())
+    opening = f"One day, {name} ran to the"
+    told = opening + model.tokenizer.decode(
+        model.generate(model.tokenizer.encode(opening), max_tokens=100, temperature=0)
+    )
+    place, thing, container = re.search(
+        r"ran to the (\w+)\..* (?:hid|put|placed|kept|stored|left) the (\w+) in the (\w+)\.", told
+    ).groups()
+    assert re.search(rf" with the \w+ in the {place}\. The end\.\n", told), told
+    assert f"Where is the {thing}?\nAnswer: In the {container}.\n" in told, told
 
 
 @pytest.mark.parametrize("kind", ["copy", "recall"])  # of which it drafts some, and not all

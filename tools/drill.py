@@ -44,6 +44,7 @@ from scarlet_jax.tools.parity.weights import ModelWeights
 
 BROKEN, SPARED = "Q5_K", "Q6_K"
 CAUSE = "q5_k-high-bit"
+PROMPT = "One winter, Max rode to the beach. It was cold."
 FAULTY = "faulty copy"  # the implementation's name, while there is one
 _QH = slice(16, 48)  # bytes of a Q5_K block: the fifth bits, bit b of each byte for sub-block b
 _DIFF = """\
@@ -185,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's flags."""
     add = parser.add_argument
     add("model", metavar="MODEL", nargs="?", help="a .gguf with Q5_K tensors (the model in the box)")
-    add("-p", "--prompt", metavar="TEXT", default="One morning, Anna went to the", help="what to continue")
+    add("-p", "--prompt", metavar="TEXT", default=PROMPT, help="what to continue")
     add("-n", metavar="N", type=int, default=64, help="tokens of text (64)")
     common.add_json_argument(parser)
 
