@@ -32,7 +32,8 @@ mixes, without importance matrices. Measured on {tokens:,} predictions, of {wind
 held-out documents. Each file is run by scarlet_jax, by llama.cpp (flash attention off, F32 cache, CPU) and by the
 float64 forward of `tests/oracle.py`; the last is the truth of *that* file, and its loss is the quantiser's alone.
 
-KL is a mean in nats a token, from the reference's prediction to the engine's. Bits are of the whole file.
+KL is a mean in nats a token, from the reference's prediction to the engine's. Bits are of the whole file. Half of
+a story's words are drawn evenly and cannot be foreseen: which of them is best, a little noise decides.
 
 Made by `python tests/quality_table.py box-F32.gguf`.
 
@@ -70,8 +71,8 @@ the packed model beside its F32 form (`-fa off -ctk f32 -ctv f32 --kl-divergence
 
 Without the end tokens between them that training has, documents that follow each other surprise the model, hence so
 high a perplexity. The same windows by our engine: 53.0439 for F32, where the two engines compute the same, and
-53.1324 for Q4_K_M. llama-perplexity keeps a base's predictions in 16 bits, none less than 16 nats below the likeliest; the perplexity
-that it prints for the base from them, 26.68 here, is of these and not of the model.
+53.1324 for Q4_K_M. llama-perplexity keeps a base's predictions in 16 bits, none more than 16 nats below the
+likeliest; the perplexity that it prints for the base from them, 26.68 here, is of these and not of the model.
 """
 
 
