@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from scarlet_jax.config import Arch, Block, Config, Metadata, ShortConv
+from scarlet_jax.config import Block, Config, Metadata, ShortConv
 from scarlet_jax.configs import common
 
 
@@ -43,4 +43,8 @@ TAPS = (
     *(("Qcur_reshaped", "Qcur"), ("Qcur", "Qcur_rope"), ("Kcur", "Kcur_rope"), ("attn_pregate", "kqv_out")),
 )
 # What is called an embedding's norm is the last one.
-ARCH = Arch("lfm2", config, common.NAMES | {"output_norm.weight": "token_embd_norm.weight"})
+ARCH = dataclasses.replace(
+    common.arch("lfm2", block),
+    config=config,
+    names=common.NAMES | {"output_norm.weight": "token_embd_norm.weight"},
+)

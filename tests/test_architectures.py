@@ -7,6 +7,8 @@ from pathlib import Path
 import architectures_table
 import pytest
 
+from scarlet_jax import configs
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architectures.md").read_text()
 
@@ -27,6 +29,12 @@ def test_the_example_is_the_file():
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3moe", "qwen3next", "llama"])
 def test_without_new_maths_an_architecture_is_at_most_sixty_lines(name):
     assert len((ROOT / "configs" / f"{name}.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("name", sorted(configs.ARCHITECTURES))
+def test_hints_for_four_bit_kernels_are_ignored(name):
+    """`X.input_scale` may stand beside any weight that llama.cpp packs as NVFP4."""
+    assert any(re.fullmatch(p, "blk.3.ffn_up.input_scale") for p in configs.ARCHITECTURES[name].ignored)
 
 
 ENGINE = [*ROOT.glob("scarlet_jax/*.py"), *ROOT.glob("ops/**/*.py")]

@@ -84,7 +84,7 @@ def test_several_sequences_and_more_than_a_piece():
         assert relative_l2(logits[i, : len(row)], expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("quant", ["Q4_K_M", pytest.param("MXFP4", marks=pytest.mark.hours)])
+@pytest.mark.parametrize("quant", ["Q4_K_M", "MXFP4"])
 def test_packed_weights_against_float64(quant):
     shape = dataclasses.replace(PACKABLE, block_count=2, nextn_predict_layers=1)
     ids = tokens(shape, 9)

@@ -319,12 +319,12 @@ FORMULAS = (
 )
 
 
-@pytest.mark.hours
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_every_small_mistake_shows(name, path, llama_cpp_taps, monkeypatch):
     """About a thousand of them; a mistake that ends in an exception has shown."""
-    models = {shape: _in_memory(path(shape)) for shape in LLAMA_CPP_SHAPES}
+    models = {shape: in_memory(path(shape)) for shape in LLAMA_CPP_SHAPES}
     unseen = set()
     for mutant in mutants(functions(inspect.getsource(oracle))[name]):
         changed = dict(vars(oracle))
@@ -335,7 +335,8 @@ def test_every_small_mistake_shows(name, path, llama_cpp_taps, monkeypatch):
     assert unseen <= HARMLESS
 
 
-def _in_memory(path) -> oracle.Model:
+@functools.cache
+def in_memory(path) -> oracle.Model:
     model = oracle.load(path)
     return oracle.Model(model.metadata, dict(model.weights))
 

@@ -13,7 +13,6 @@ from test_model import TOLERANCE, assert_taps_agree, every_implementation
 
 import scarlet_jax
 from scarlet_jax import BadInput, configs, gguf, sharding
-from scarlet_jax import model as engine
 from scarlet_jax.tools import cli
 from scarlet_jax.tools.engines import llama_cpp
 from scarlet_jax.tools.parity import compare
@@ -51,7 +50,7 @@ def assert_state_is(state, truth):
 @every_implementation
 @every_shape
 def test_in_pieces_and_token_by_token(shape, implementation):
-    ids = tokens(shape, 200)
+    ids = tokens(shape, 210)
     logits, truth = oracle.forward(path(shape), ids)
     ours = model(shape, implementation=implementation)
     whole, state = ours.forward(ids)
@@ -59,8 +58,10 @@ def test_in_pieces_and_token_by_token(shape, implementation):
     assert_state_is(state, truth)
 
     state, parts = None, []
-    for part in np.split(ids, [1, 70, 135, *range(140, 150)]):
-        part_logits, state = ours.forward(part, state)
+    for part in np.split(
+        ids, [1, 70, 135, *range(136, 146)]
+    ):  # one compiled program for 1, one for 65 to 128
+        part_logits, state = ours.forward(part, state, consume=True)
         parts.append(part_logits)
     assert relative_l2(np.concatenate(parts), logits) < TOLERANCE
     assert_state_is(state, truth)
@@ -78,11 +79,9 @@ def test_a_batch_is_each_alone_and_padding_leaves_no_trace(shape, implementation
         assert relative_l2(after[i, : len(rest)], expected[len(row) :]) < TOLERANCE
 
     def state_after(padding):
-        padded = np.where(np.arange(64) < 41, tokens(shape, 64), padding).astype(np.int32)[None]
-        before, count = ours.init_state(1, 64), np.array([41], np.int32)
-        return engine.trunk(
-            ours.weights, padded, count, before, ours.config, implementation=implementation
-        ).state
+        padded = np.where(np.arange(128) < 81, tokens(shape, 128), padding).astype(np.int32)[None]
+        count, before = np.array([81], np.int32), ours.init_state(1, 128)
+        return ours.programs.trunk(padded, count, before, in_place=True).state
 
     jax.tree.map(np.testing.assert_array_equal, state_after(0), state_after(77))
 

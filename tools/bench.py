@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from scarlet_jax import hub
+from scarlet_jax import config, hub
 from scarlet_jax.errors import BadInput
 from scarlet_jax.model import Model
 from scarlet_jax.ops import cpu
@@ -236,9 +236,23 @@ def error_of_precision(model: Model, prompt: Sequence[int]) -> float:
 
 
 def weight_bytes_per_token(model: Model) -> int:
-    """Bytes of weights that a decoding step has to read: all but the embedding, of which it needs one row."""
+    """Bytes of weights that a decoding step has to read: all but the embedding, of which it needs one row.
+
+    Of a mixture's experts, those that a token is given to.
+    """
     weights = model.weights
-    return sum(leaf.nbytes for leaf in jax.tree.leaves((weights.blocks, weights.output_norm, weights.output)))
+    unused = sum(
+        _nbytes((block.ffn.ffn_gate_exps, block.ffn.ffn_up_exps, block.ffn.ffn_down_exps))
+        * (cfg.ffn.expert_count - cfg.ffn.expert_used_count)
+        // cfg.ffn.expert_count
+        for block, cfg in zip(weights.blocks, model.config.blocks, strict=True)
+        if isinstance(cfg.ffn, config.MoE)
+    )
+    return _nbytes((weights.blocks, weights.output_norm, weights.output)) - unused
+
+
+def _nbytes(weights: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
 
 def _fresh_process(path: Any, backend: str) -> dict[str, Any]:

@@ -163,6 +163,10 @@ SIZES = {
     ("qwen35moe", "tiny"): _with_experts(Shape(), 16, 4, 256),
     ("qwen3next", "tiny"): _with_experts(Shape(), 16, 4, 256, arch="qwen3next"),
     ("qwen35moe", "35b-a3b"): _with_experts(_published(40, 2048, 0, 16, 2, 32, tied=False), 256, 8, 512),
+    # A fifth of its layers, half of its experts: what a token does in a layer is the same, and it fits anywhere.
+    ("qwen35moe", "35b-a3b-cut"): dataclasses.replace(
+        _with_experts(_published(8, 2048, 0, 16, 2, 32, tied=False), 128, 8, 512), vocab_size=32768
+    ),
     ("qwen35moe", "122b-a10b"): _with_experts(_published(48, 3072, 0, 32, 2, 64, tied=False), 256, 8, 1024),
     ("qwen35moe", "397b-a17b"): _with_experts(_published(60, 4096, 0, 32, 2, 64, tied=False), 512, 10, 1024),
 }

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from models import PACKABLE, model, path
+from models import PACKABLE, PACKABLE_EXPERTS, model, path
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops.cpu import fast
@@ -42,6 +42,14 @@ def test_a_token_reads_every_weight_but_the_embedding():
     loaded = model(PACKABLE, "Q4_K")
     stored = {name: t.data.nbytes for name, t in loaded.gguf.tensors.items()}
     assert bench.weight_bytes_per_token(loaded) == sum(stored.values()) - stored["token_embd.weight"]
+
+
+def test_a_token_reads_the_experts_it_is_given_to():
+    """Two of six in every block."""
+    loaded = model(PACKABLE_EXPERTS, "Q4_K")
+    stored = {name: t.data.nbytes for name, t in loaded.gguf.tensors.items() if name != "token_embd.weight"}
+    experts = sum(size for name, size in stored.items() if "_exps" in name)
+    assert bench.weight_bytes_per_token(loaded) == sum(stored.values()) - experts * 4 // 6
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_published_sizes_are_the_fact_sheets():
         billions[size] = sum(int(np.prod(tensor.shape)) for tensor in tensors) / 1e9
     assert {size: round(count, 2) for size, count in billions.items() if size != "tiny"} == {
         "0.8b": 0.75, "2b": 1.88, "4b": 4.21, "9b": 8.95, "27b": 26.9,
-        "35b-a3b": 34.66, "122b-a10b": 122.11, "397b-a17b": 396.35,
+        "35b-a3b": 34.66, "35b-a3b-cut": 3.64, "122b-a10b": 122.11, "397b-a17b": 396.35,
     }  # fmt: skip
     with_prediction = dataclasses.replace(synth.SIZES["qwen35", "2b"], nextn_predict_layers=1)
     assert len(synth.plan(with_prediction)) == 335
