@@ -217,7 +217,7 @@ class _Run:
 
     def _sample(self, logits: Array, step: int) -> int:
         greedy = self.params.temperature <= 0
-        token = int(_best_token(logits) if greedy else _next_token(logits, self.key, step, self.params))
+        token = int(most_likely(logits) if greedy else _next_token(logits, self.key, step, self.params))
         if token == INVALID:
             raise self._not_finite()
         return token
@@ -227,12 +227,6 @@ class _Run:
             f"the logits after token {len(self.seen)} are not finite numbers: "
             "a weight of this model is NaN or infinite, or an activation overflowed"
         )
-
-
-@jax.jit
-def _best_token(logits: Array) -> Array:
-    """Logits f32 (V,) -> int32 (): the most likely."""
-    return most_likely(logits[None])[0]
 
 
 @jax.jit

@@ -210,6 +210,40 @@ _trunk_program = _jit_trunk(_run_trunk)
 trunk_program_in_place = _jit_trunk(_run_trunk, donate_argnames="state")
 
 
+def last_logits(
+    weights: Weights,
+    tokens: ArrayLike,
+    count: ArrayLike,
+    state: State,
+    before: ArrayLike,
+    cfg: config.Config,
+    *,
+    in_place: bool = False,
+    positions: ArrayLike | None = None,
+    implementation: str = "auto",
+) -> tuple[Array, State]:
+    """`trunk`, and the logits f32 (B, V) of each row's last real token; of `before` (B, D) where it has none.
+
+    One program, since each start of one costs the threads that compute about as much as a small layer.
+    """
+    arguments = (weights, tokens, count, state, before, positions, cfg, implementation)
+    if not _has_layer_kernels(implementation):
+        return _last_logits(*arguments, run_block_in_place if in_place else run_block)
+    return (_last_logits_in_place if in_place else _last_logits_program)(*arguments)
+
+
+def _last_logits(weights, tokens, count, state, before, positions, cfg, implementation, step=run_block):
+    traced = _run_trunk(weights, tokens, count, state, positions, None, cfg, False, implementation, step)
+    hidden = _last(traced.hidden, count, before)
+    eps = cfg.layer_norm_rms_epsilon
+    return head(weights.output_norm, weights.output, hidden, eps, False, implementation)[0], traced.state
+
+
+_jit_last_logits = functools.partial(jax.jit, static_argnames=("cfg", "implementation"))
+_last_logits_program = _jit_last_logits(_last_logits)
+_last_logits_in_place = _jit_last_logits(_last_logits, donate_argnames="state")
+
+
 def forward(weights, tokens, state, cfg) -> tuple[Array, State]:
     """The pure function whole: int32 (B, T), no padding -> logits f32 (B, T, V) and the state after them."""
     count = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
@@ -269,6 +303,13 @@ class Programs:
         options["implementation"] = self._implementation
         return trunk(self.weights, tokens, count, state, self._cfg, **options)
 
+    def last_logits(
+        self, tokens: ArrayLike, count: ArrayLike, state: State, before: ArrayLike, **options: Any
+    ) -> tuple[Array, State]:
+        """As the function of that name."""
+        options["implementation"] = self._implementation
+        return last_logits(self.weights, tokens, count, state, before, self._cfg, **options)
+
     def head(self, hidden: ArrayLike, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
         """As the function of that name."""
         w, eps = self.weights, self._cfg.layer_norm_rms_epsilon
@@ -324,6 +365,13 @@ class SpreadPrograms(Programs):
             )
         run = self._trunk_in_place if options.get("in_place") else self._trunk
         return run(self.weights, tokens, count, state)
+
+    def last_logits(
+        self, tokens: ArrayLike, count: ArrayLike, state: State, before: ArrayLike, **options: Any
+    ) -> tuple[Array, State]:
+        """As the function of that name, in three programs."""
+        traced = self.trunk(tokens, count, state, **options)
+        return self.head(_last(traced.hidden, count, before))[0], traced.state
 
     def head(self, hidden: ArrayLike, tapped: bool = False) -> tuple[Array, dict[str, Array]]:
         """Logits of all of the vocabulary, on every device."""
@@ -498,11 +546,14 @@ class Model:
         own = state is None or consume
         batch, state = self._enter(tokens, state, positions)
         last = np.zeros((len(batch.lengths), self.config.embedding_length), np.float32)
-        for piece in batch.pieces():
+        *pieces, end = batch.pieces()
+        for piece in pieces:
             hidden, state, _ = self._trunk(piece, state, in_place=own)
             own = True
             last = _last(hidden, piece.count, last)
-        logits, _ = self._head(last)
+        logits, state = self.programs.last_logits(
+            end.tokens, end.count, state, last, in_place=own, positions=end.positions
+        )
         return (logits[0] if batch.single else logits), state
 
     def hidden(self, tokens: Any) -> Array:

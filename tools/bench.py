@@ -23,13 +23,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from scarlet_jax import config, hub
+from scarlet_jax import config, hub, sampling
 from scarlet_jax.errors import BadInput
 from scarlet_jax.model import Model
 from scarlet_jax.ops import cpu
@@ -70,12 +69,10 @@ class Engine(Protocol):
 
 
 class Ours:
-    """Our engine as `generate` runs it: state in place, the choice on the device."""
+    """Our engine as `generate` runs it: state in place, the choice by the host."""
 
     def __init__(self, model: Model, slots: int) -> None:
         self._model, self._slots = model, slots
-        self._best = jax.jit(jnp.argmax)
-        self._best_each = jax.jit(lambda logits: jnp.argmax(logits, axis=-1))
         self._state: Any = None
 
     def prefill(self, tokens: Sequence[int]) -> int:
@@ -83,17 +80,17 @@ class Ours:
         logits, self._state = self._model.last_logits(
             tokens, self._model.init_state(1, self._slots), consume=True
         )
-        return int(self._best(logits))
+        return int(sampling.most_likely(logits))
 
     def decode(self, token: int) -> int:
         """Go on."""
         logits, self._state = self._model.last_logits([token], self._state, consume=True)
-        return int(self._best(logits))
+        return int(sampling.most_likely(logits))
 
     def verify(self, tokens: Sequence[int]) -> None:
         """Go on, the choices on the device."""
         logits, self._state = self._model.forward(tokens, self._state, consume=True)
-        self._best_each(logits).block_until_ready()
+        sampling.most_likely(logits)
 
 
 class LlamaCpp:
