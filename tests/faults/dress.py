@@ -82,6 +82,8 @@ def modules(dump: Dump) -> Dump:
     for name in dump:
         op, _, layer = name.rpartition("-")
         path = paths.get(f"{op}-{{}}" if layer.isdigit() else name)
+        if path == "layers.{}.self_attn.o_proj" and f"z-{layer}" in dump:
+            continue  # the same name for what the delta rule gives, which is no module's output
         if path is not None:
             x = dump[name]
             rows = x.reshape(len(x), -1) if "q_proj" in path or "v_proj" in path else x
@@ -89,10 +91,25 @@ def modules(dump: Dump) -> Dump:
     return Dump(taps, engine="transformers", order=list(taps), format="npz")
 
 
+def stream(dump: Dump) -> Dump:
+    """Hidden states alone: the residual stream after each layer, and both ends."""
+    ends = ("model.input_embed", "result_norm", "result_output")
+    taps = {name: dump[name] for name in dump if name.startswith("l_out-") or name in ends}
+    return Dump(taps, tokens=dump.tokens, order=list(taps), format="npz")
+
+
+def halves(dump: Dump) -> Dump:
+    """Stored in half precision by nobody in particular."""
+    taps = {name: dump[name].astype(np.float16).astype(np.float32) for name in dump}
+    return Dump(taps, tokens=dump.tokens, order=list(dump), format="npz")
+
+
 DRESSES: dict[str, Callable[[Dump], Dump]] = {
     "plain": lambda dump: dump,
     "log": lambda dump: read_log(log(dump), "log"),
     "modules": modules,
+    "stream": stream,
+    "halves": halves,
     "flat": _relaid(lambda x: x.reshape(len(x), -1)),
     "head-major": _relaid(lambda x: x.transpose(1, 0, 2)),
 }

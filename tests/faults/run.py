@@ -90,7 +90,10 @@ def outcomes(
             if not _shows(ours, reference):
                 continue
             reference = DRESSES[dress](reference)
+            arch = model.metadata["general.architecture"]
+            config = {k: v for k, v in model.metadata.items() if k.startswith(f"{arch}.")}
             for setting in settings:
+                ours = dataclasses.replace(ours, config=config if setting == "config" else {})
                 report = compare(ours, reference, model=InMemory(model) if setting == "model" else None)
                 yield judge(fault, f"{size}/{setting}", report)
 
@@ -215,7 +218,11 @@ def main() -> None:
     parser.add_argument("--dress", choices=DRESSES, default="plain", help="the reference in another format")
     parser.add_argument("--length", type=int, default=0, help="tokens of every prompt")
     parser.add_argument("--quant", action="store_true", help="wrong decoders too, against llama.cpp")
-    parser.add_argument("--settings", default="dumps,model")
+    parser.add_argument(
+        "--settings",
+        default="dumps,model",
+        help="dumps: nothing but them; config: ours says the model's sizes, as `scarlet taps` does; model: its weights",
+    )
     parser.add_argument(
         "--sensitivity", action="store_true", help="fault size against detection, and no more"
     )

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from faults import ports, run
+from faults import catalogue, ports, run
 
 QUICK = (
     *("norm-offset-missing", "eps-1e-5", "key-heads-repeated", "query-scale-missing", "decay-after-update"),
@@ -47,11 +47,8 @@ def test_the_origin_fault():
         assert "q5_k-high-bit" in outcome.said
 
 
-@pytest.mark.hours
-def test_the_whole_benchmark():
+def check(results):
     """What the analyzer has to reach: most verdicts, places and causes right; unknown rather than wrong."""
-    both = ("dumps", "model")
-    results = list(itertools.chain(run.outcomes("abc", both), run.misread_outcomes(both)))
     named = [r for r in results if r.cause is not None]
     print(run.table(results))
     assert sum(r.verdict for r in results) >= 0.97 * len(results)
@@ -59,3 +56,22 @@ def test_the_whole_benchmark():
     assert sum(r.klass for r in results) >= 0.97 * len(results)
     assert sum(bool(r.cause) for r in named) >= 0.85 * len(named)
     assert len(named) >= 0.60 * len(results)
+
+
+@pytest.mark.slow
+def test_some_of_every_group():
+    """Every sixth fault of both collections, by dumps alone and with the weights; steps that no module shows."""
+    both = ("dumps", "model")
+    check(
+        [
+            *run.outcomes("b", both, faults=catalogue.FAULTS[::6]),
+            *run.outcomes("m", both, faults=(*ports.PORTS, *ports.EXPERTS)[3::6]),
+            *run.outcomes("a", ("model",), faults=catalogue.FAULTS[2::8], dress="modules"),
+        ]
+    )
+
+
+@pytest.mark.hours
+def test_the_whole_benchmark():
+    both = ("dumps", "model")
+    check(list(itertools.chain(run.outcomes("abc", both), run.misread_outcomes(both))))

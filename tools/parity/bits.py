@@ -15,6 +15,7 @@ import numpy as np
 
 from scarlet_jax.tools.parity.blocks import Parts, six_bits, take_apart
 from scarlet_jax.tools.parity.graph import Missing
+from scarlet_jax.tools.parity.weights import LARGE
 
 _ROWS = 192  # output rows looked at: weights are many, and every row holds the same mistake
 _TOKENS = 48
@@ -81,7 +82,8 @@ def _product(case: Any, weights: Any) -> _Product | None:
     parts = _parts(raw[rows], qtype)
     if parts is None or (not looked_up and residual.shape[1] != len(raw)):
         return None
-    right = weights[key][rows].astype(np.float64)
+    large = hasattr(weights, "elements") and weights.elements(key) > LARGE
+    right = (weights.rows(key, rows) if large else weights[key][rows]).astype(np.float64)
     plain = parts.decode().reshape(right.shape)
     gain = float((plain * right).sum() / max((plain.astype(np.float64) ** 2).sum(), 1e-300))
     sample = residual[tokens][:, columns]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from scarlet_jax.tools.parity import bits, graph, guess, structure, swaps
+from scarlet_jax.tools.parity import bits, graph, guess, own, structure, swaps
 from scarlet_jax.tools.parity import guess_mixers as _guess_mixers  # noqa: F401 - registers its guesses
 from scarlet_jax.tools.parity.case import PLACES, Case, Hypothesis
 from scarlet_jax.tools.parity.local import Pair, judge
@@ -61,9 +61,11 @@ def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
     found += [*guess.hypotheses(case), *guess.inputs_alone(case), *_in_part(case, pair)]
     found += [*swaps.other_taps(case, pair, Hypothesis), *swaps.other_inputs(case, Hypothesis)]
     found += swaps.other_sources(case, Hypothesis)
-    if weights is not None and case.op is not None and case.op.weight:
-        found += swaps.other_weights(case, weights, Hypothesis)
-        found += bits.hypotheses(case, weights, Hypothesis) if tap.qtype else []
+    found += [*swaps.unknown_matrix(case, pair, Hypothesis), *swaps.tied_head(case, pair, Hypothesis)]
+    if case.op is not None and case.op.weight:
+        known = weights if weights is not None else pair.reference.learned
+        found += swaps.other_weights(case, known, Hypothesis)
+        found += bits.hypotheses(case, weights, Hypothesis) if weights is not None and tap.qtype else []
     good = [h for h in found if h.explained >= ENOUGH]
     return _best(good) if good else None
 
@@ -91,6 +93,8 @@ def _best(found: Sequence[Hypothesis]) -> Hypothesis:
 
 def _case(pair: Pair, tap: Tap) -> Case:
     op = graph.find(tap.op, tap.kind)
+    if tap.own:
+        return _own_case(pair, tap, op)
     tap = dataclasses.replace(tap, local=judge(pair, op, tap.layer, tap.kind, tap.name))
     if any(pair.sampled):
         return _sampled_case(pair, tap, op)
@@ -107,6 +111,15 @@ def _case(pair: Pair, tap: Tap) -> Case:
             view = pair.reference.view(tap.layer, tap.kind, facts, arithmetic=pair.arithmetic[1].strict())
             right, ours = reference - (tap.local.ours_residual - tap.local.residual), reference
     return _laid_out(Case(ours, right.reshape(ours.shape), floor, view, op, tap))
+
+
+def _own_case(pair: Pair, tap: Tap, op: graph.Op) -> Case:
+    """A tap that only our dump has: against what its own inputs give."""
+    run, facts, arithmetic = own.whole_run(pair), tap.local.facts, pair.arithmetic[0].strict()
+    ours = np.asarray(run.taps[tap.name], np.float64)
+    view, again = (run.view(tap.layer, tap.kind, facts, arithmetic=arithmetic) for _ in range(2))
+    right = np.asarray(op.run(again), np.float64).reshape(ours.shape)
+    return _laid_out(Case(ours, right, tap.local.floor * _norm(ours), view, op, tap))
 
 
 def _laid_out(case: Case) -> Case:

@@ -15,11 +15,13 @@ from scarlet_jax.tools.parity import (
     align,
     causes,
     facts,
+    fused,
     graph,
     imitation,
     local,
     metrics,
     names,
+    own,
     validity,
     verdict,
 )
@@ -76,6 +78,7 @@ class Comparison:
     """One comparison under way; `report()` is its result, the rest is kept for whoever draws it."""
 
     def __init__(self, ours: Dump, reference: Dump, weights: Any = None):
+        ours, reference = fused.separate(ours, reference), fused.separate(reference, ours)
         self.ours, self.reference, self.weights = ours, reference, weights
         self.alignment = align.align(ours, reference)
         self.rows_cut = _rows_cut(self.alignment, reference)
@@ -108,6 +111,9 @@ class Comparison:
             return self._result(
                 "invalid", why="other model: the learned weights differ at nearly every operation"
             )
+        self.taps = own.insert(
+            self.taps, self.pair, self.ours, self.alignment.only_ours, self.pair.ours.kinds
+        )
         return self._decide()
 
     def _decide(self) -> dict[str, Any]:
@@ -236,12 +242,7 @@ class Comparison:
 
     def _judge(self) -> None:
         self._narrow()
-        if any(self.pair.sampled):
-            self.pair.may_round = tuple(
-                "llama" in dump.engine.lower() for dump in (self.ours, self.reference)
-            )
-        else:
-            imitation.infer(self.pair, self.taps, (self.ours, self.reference))
+        imitation.infer(self.pair, self.taps, (self.ours, self.reference), self.alignment.only_ours)
         clean = True
         for tap in self.taps:
             clean = clean and tap.metrics.relative_l2 == 0
@@ -325,7 +326,9 @@ def _qtypes(ours: Dump, reference: Dump, weights: Any) -> dict[tuple[int | None,
         found |= {key: weights.qtype(key) for key in weights}
         if (None, "output") in weights:  # a tied model's is its table
             found[None, "output"] = weights.qtype((None, "output"))
-    return found
+    fused = {layer: qtype for (layer, stem), qtype in found.items() if stem == "attn_qkv"}
+    parts = ((layer, stem) for layer in fused for stem in ("attn_q", "attn_k", "attn_v"))
+    return {key: fused[key[0]] for key in parts} | found
 
 
 def _first(tap: verdict.Tap | None) -> dict[str, Any] | None:

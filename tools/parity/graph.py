@@ -66,8 +66,8 @@ class View(Protocol):
         """x (T, in) -> (T, out) by the weight `stem`."""
         ...
 
-    def kv(self, x: np.ndarray) -> np.ndarray:
-        """Keys or values as the engine's cache holds them."""
+    def kv(self, x: np.ndarray, *, stored: bool = False) -> np.ndarray:
+        """Keys or values as the engine's cache holds them (`stored`), or what it multiplies by them."""
         ...
 
 

@@ -12,7 +12,7 @@ from scarlet_jax.tools.parity.case import Case, listed
 from scarlet_jax.tools.parity.graph import Missing, heads
 from scarlet_jax.tools.parity.guess import Guess, of, per_group
 from scarlet_jax.tools.parity.ops_attention import all_scores, angles, fitted_angles
-from scarlet_jax.tools.parity.ops_delta import by_chunk, conv_by_chunk, delta, key_heads
+from scarlet_jax.tools.parity.ops_delta import by_chunk, conv_by_chunk, conv_input, delta, key_heads
 
 _CHUNKS = (8, 16, 32, 64, 128, 256, 512)
 _HEADS = 32  # with more, not every pairing is tried
@@ -136,10 +136,27 @@ def _angle_story(angle: np.ndarray, pairs: int, adjacent: bool, facts: Any) -> s
     if 2 * pairs != facts.rotary:
         return f"rope-partial, {2 * pairs} dims are rotated instead of {facts.rotary}"
     turn = np.angle(np.exp(1j * np.diff(angle, axis=0)).mean(axis=0))  # radians a token, for each pair
+    told = np.arange(len(angle))[:, None] * turn + angle[0]
+    if np.abs(np.exp(1j * (angle - told)) - 1).max() > 1e-2:
+        return "rope-angle, the angles do not grow evenly with the position"
     base = _base_of(turn)
     if base and facts.rope_base and abs(base / facts.rope_base - 1) > 1e-2:
         return f"rope-base, the angles are those of base {base:.4g} instead of {facts.rope_base:g}"
     return f"rope-angle, a rotation by other angles: {turn[:3].round(4).tolist()} radians a token"
+
+
+@of("Vcur")
+def _turned_values(case: Case) -> Iterator[Guess]:
+    """Values rotated as keys are: angles fitted on even heads and scored on odd ones."""
+    x, y = (heads(z, case.view.facts.head_dim) for z in (case.right, case.ours))
+    if x.shape[1] < 2:
+        return
+    moved = np.abs(y - x).max(axis=(0, 1)) > 1e-5 * np.abs(x).max()
+    pairs = (int(np.flatnonzero(moved).max(initial=-1)) + 2) // 2
+    for adjacent in (False, True):
+        angle = fitted_angles(x[:, ::2], y[:, ::2], pairs, adjacent)
+        text = f"extra-rope, the values are rotated: {2 * pairs} of {x.shape[2]} dims"
+        yield text, f.rotate(x, angle, adjacent=adjacent), (slice(None), slice(1, None, 2))
 
 
 def _base_of(turn: np.ndarray) -> float:
@@ -160,6 +177,22 @@ def _boundaries(case: Case) -> list[tuple[int, int]]:
     first = int(case.hit[0][0]) if case.hit is not None else 0
     tokens = len(case.view("conv_output_silu")) if case.op.name == "new_state" else len(case.ours)
     return ([(first, tokens)] if first else []) + [(n, n) for n in _CHUNKS if n < tokens and first in (0, n)]
+
+
+@of("conv_output_raw")
+def _kernel(case: Case) -> Iterator[Guess]:
+    """The kernel that our output shows, fitted on even tokens: its taps in another order, or another."""
+    padded, right = conv_input(case.view), case.view.weight("ssm_conv1d")
+    width, tokens = right.shape[1], len(case.ours)
+    if tokens < 4 * width:
+        return
+    shifted = np.stack([padded[j : j + tokens] for j in range(width)], axis=-1).transpose(1, 0, 2)
+    fitted = (np.linalg.pinv(shifted[:, ::2], rcond=1e-9) @ case.ours.T[:, ::2, None])[..., 0]
+    order = [int(((right - fitted[:, j : j + 1]) ** 2).sum(axis=0).argmin()) for j in range(width)]
+    if order != list(range(width)):
+        text = f"conv-taps, the kernel's taps are the right {order}"
+        yield text, f.causal_conv(padded, right[:, order]), slice(1, None, 2)
+    yield "conv-kernel, another kernel", f.causal_conv(padded, fitted), slice(1, None, 2)
 
 
 _CARRIED: dict[str, Callable[[np.ndarray], np.ndarray]] = {

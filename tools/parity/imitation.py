@@ -16,31 +16,63 @@ from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, Rounding, bf16, f16
 from scarlet_jax.tools.parity.dump import Dump
 from scarlet_jax.tools.parity.view import Arithmetic
 
+_CACHES = (*KV_ROUNDING, *(f"{kind}, stored" for kind in KV_ROUNDING))
+# What shows how keys and values are kept: attention itself, or the nearest that was dumped.
+_ATTENDED = (("kq", "kqv", "attn_pregate"), ("attn_gated",), ("attn_output",), ("attn_residual",), ("l_out",))
 _SAMPLED = 10  # operations looked at for each kind of rounding
 _EXPLAINED = 0.5  # share of the residual's norm that may be left
 _LIKE = (0.3, 3.0)  # a residual of this many times a rounding's own effect is of its size
 
 
-def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump]) -> None:
-    """Set `pair.arithmetic` and `pair.may_round` for both sides."""
-    products = [t for t in taps if _op(t) is not None and _op(t).linear]
-    attended = [t for t in taps if t.op in ("kq", "kqv", "attn_pregate") and t.kind.startswith("attention")]
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A tap of one side, where its layer is of a known kind."""
+
+    name: str
+    op: str
+    layer: int | None
+    kind: str
+
+
+def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump], only_ours: Sequence[str] = ()) -> None:
+    """Set `pair.arithmetic` and `pair.may_round` for both sides; `only_ours` are taps of ours to look at besides."""
     shown = [t.name for t in taps if t.metrics.norm > 0 and t.op not in ("ffn_moe_topk", "ffn_moe_argsort")]
     few = shown[:: max(1, len(shown) // 24)]
-    pair.grain = (grain(pair.ours.taps, few), grain(pair.reference.taps, few))
-    found = []
-    for side in (0, 1):
-        matmul, loose = _best(
-            pair, side, products, [Arithmetic(matmul=m) for m in ("partner", "bf16", "tf32")]
-        )
-        kv, loose_kv = _best(pair, side, attended, [Arithmetic(kv=k) for k in KV_ROUNDING])
-        names = tuple(name for name, is_loose in (("matmul", loose), ("kv", loose_kv)) if is_loose)
-        found.append(Arithmetic(matmul.matmul, kv.kv, names))
-    pair.arithmetic = (found[0], found[1])
+    if not any(pair.sampled):
+        pair.grain = (grain(pair.ours.taps, few), grain(pair.reference.taps, few))
+    places = [Place(t.name, t.op, t.layer, t.kind) for t in taps]
+    own = [*places, *_places(only_ours, pair.ours.kinds)]
+    pair.arithmetic = (_arithmetic(pair, 0, own), _arithmetic(pair, 1, places))
     pair.may_round = tuple(
-        arithmetic.matmul == "partner" or "llama" in dump.engine.lower()
-        for arithmetic, dump in zip(found, dumps, strict=True)
+        arithmetic.matmul == "partner" or not dump.engine or "llama" in dump.engine.lower()
+        for arithmetic, dump in zip(pair.arithmetic, dumps, strict=True)
     )
+
+
+def _places(names: Sequence[str], kinds: Mapping[int, str]) -> list[Place]:
+    parts = [(name, *name.rpartition("-")[::2]) for name in names]
+    return [
+        Place(name, op, int(layer), kinds[int(layer)])
+        for name, op, layer in parts
+        if layer.isdigit() and int(layer) in kinds
+    ]
+
+
+def _arithmetic(pair: local.Pair, side: int, places: Sequence[Place]) -> Arithmetic:
+    """What one side computes in; exact for a log's few entries, which tell nothing."""
+    if pair.sampled[side]:
+        return Arithmetic()
+    if any(pair.sampled):
+        whole = pair.whole[side]
+        pair = dataclasses.replace(pair, ours=whole, reference=whole)
+    products = [p for p in places if _op(p) is not None and _op(p).linear]
+    attending = [p for p in places if p.kind.startswith("attention")]
+    groups = ([p for p in attending if p.op in ops] for ops in _ATTENDED)
+    attended = next((group for group in groups if group), [])
+    matmul, loose = _best(pair, side, products, [Arithmetic(matmul=m) for m in ("partner", "bf16", "tf32")])
+    kv, loose_kv = _best(pair, side, attended, [Arithmetic(kv=k) for k in _CACHES])
+    names = tuple(name for name, is_loose in (("matmul", loose), ("kv", loose_kv)) if is_loose)
+    return Arithmetic(matmul.matmul, kv.kv, names)
 
 
 def _op(tap) -> graph.Op | None:
@@ -97,6 +129,7 @@ def _fits(pair: local.Pair, side: int, tap, candidates: Sequence[Arithmetic]) ->
     """Each candidate on one tap; nothing for taps that are exact already or cannot be re-run."""
     run, op = (pair.ours, pair.reference)[side], _op(tap)
     y = np.asarray(run.taps[tap.name], np.float64)
+    y = graph.visible(y) if tap.op == "kq" else y
 
     def value(arithmetic: Arithmetic) -> np.ndarray:
         view = run.view(tap.layer, tap.kind, run.facts, arithmetic=arithmetic)

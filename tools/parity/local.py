@@ -131,33 +131,62 @@ def _one_sided(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str
         return _direct(pair, ours, reference, facts)
     if op is not None and not all(pair.sampled):
         side = 1 if pair.sampled[0] else 0
-        alone = dataclasses.replace(
-            pair, ours=pair.whole[side], reference=pair.whole[side], arithmetic=(pair.arithmetic[side],) * 2,
-            resolution=(0.0, 0.0), sampled=(False, False),
-        )  # fmt: skip
+        alone = _alone(dataclasses.replace(pair, ours=pair.whole[side], reference=pair.whole[side]), side)
+        plain = dataclasses.replace(op, fit=None)
         try:
             whole = np.asarray(alone.ours.taps[tap], np.float64)
-            facts = _facts(alone, dataclasses.replace(op, fit=None), layer, kind, whole)
-            own = _predict(alone, 0, dataclasses.replace(op, fit=None), layer, kind, facts, whole.shape)
+            facts = _facts(alone, plain, layer, kind, whole)
+            return _against_formula(alone, plain, layer, kind, facts, whole)
         except FAILURES:
-            own = None
             facts = pair.reference.facts
-        if own is not None:
-            left = whole - own.value
-            return _local(
-                "formula",
-                left,
-                left,
-                0 * left,
-                own.noise,
-                own.noise_f32,
-                whole,
-                own.inputs,
-                facts,
-                ours_residual=left,
-            )
     inputs = _inputs(alone, op, layer, kind, facts) if op is not None and not all(pair.sampled) else ()
     return _propagated(pair, tap, ours, reference, inputs, facts)
+
+
+def _alone(pair: Pair, side: int) -> Pair:
+    """One side's run against itself."""
+    run, arithmetic = (pair.ours, pair.reference)[side], pair.arithmetic[side]
+    resolution = 0.0 if any(pair.sampled) else pair.resolution[side]
+    return dataclasses.replace(
+        pair, ours=run, reference=run, arithmetic=(arithmetic,) * 2, resolution=(resolution,) * 2,
+        grain=(pair.grain[side],) * 2, sampled=(False, False), chosen={},
+    )  # fmt: skip
+
+
+def _against_formula(
+    alone: Pair, op: Op, layer: int | None, kind: str, facts: Facts, whole: np.ndarray
+) -> Local:
+    """One dump's tap against what its own inputs give."""
+    own = _predict(alone, 0, op, layer, kind, facts, whole.shape)
+    left = whole - own.value
+    return _local(
+        "formula",
+        left,
+        left,
+        0 * left,
+        own.noise,
+        own.noise_f32,
+        own.value,
+        own.inputs,
+        facts,
+        ours_residual=left,
+    )
+
+
+def judge_own(pair: Pair, op: Op, layer: int | None, kind: str, tap: str, strict: bool) -> Local | None:
+    """The evidence on a tap that only our dump has: its own inputs, and the formula; None where that needs more.
+
+    Conventions are those found at the reference, or with `strict` off those that explain our tap.
+    """
+    alone, plain = _alone(pair, 0), dataclasses.replace(op, fit=None)
+    whole = np.asarray(pair.ours.taps[tap], np.float64)
+    try:
+        with np.errstate(all="ignore"):
+            facts = pair.chosen.get((kind, op.name), pair.reference.facts)
+            facts = facts if strict else _facts(alone, plain, layer, kind, whole)
+            return _against_formula(alone, plain, layer, kind, facts, whole)
+    except FAILURES:
+        return None
 
 
 def _direct(pair: Pair, ours: np.ndarray, reference: np.ndarray, facts: Facts) -> Local:

@@ -10,6 +10,7 @@ import numpy as np
 
 from scarlet_jax.tools.parity import activations
 from scarlet_jax.tools.parity import formulas as f
+from scarlet_jax.tools.parity.arithmetic import bf16, f16
 from scarlet_jax.tools.parity.graph import OPS, Fit, Missing, Run, add, flat, heads, visible
 from scarlet_jax.tools.parity.ops_shared import delayed, linear, norm, sigmoid
 
@@ -209,6 +210,8 @@ for _name in ("Qcur", "Kcur"):
             "rope-sign": lambda v, name=_name: _rope(v, name, angle=lambda a: -a),
             "double-rope": lambda v, name=_name: _rope(v, name, angle=lambda a: 2 * a),
             "rope-scale": lambda v, name=_name: _rope(v, name, angle=lambda a: a / 2),
+            "rope-precision, angles in bf16": lambda v, name=_name: _rope(v, name, angle=bf16),
+            "rope-precision, angles in f16": lambda v, name=_name: _rope(v, name, angle=f16),
             "rope-partial": lambda v, name=_name: _full_rotation(v, name),
             "rope-partial, halves of the whole head paired": lambda v, name=_name: _padded_rotation(v, name),
             "rope-partial, the last dims of a head": lambda v, name=_name: _last_dims(v, name),
@@ -237,7 +240,7 @@ def all_scores(v: Any, other_heads: bool = False) -> np.ndarray:
     if v.facts.cut or v.facts.first_position:
         raise Missing("the keys of earlier tokens")
     q, k = heads(v("Qcur"), v.facts.head_dim), heads(v("Kcur"), v.facts.head_dim)
-    return f.scores(v.kv(q), v.kv(k), _read(v, q.shape[1], k.shape[1], other_heads))
+    return f.scores(v.kv(q), v.kv(k, stored=True), _read(v, q.shape[1], k.shape[1], other_heads))
 
 
 def _kq(v: Any, other_heads: bool = False) -> np.ndarray:
@@ -262,7 +265,9 @@ def _values(v: Any, other_heads: bool = False) -> np.ndarray:
         raise Missing("the values of earlier tokens")
     p, values = v("kq_soft_max"), heads(v("Vcur"), v.facts.head_dim)
     return f.mix(
-        v.kv(p[:, :, : len(values)]), v.kv(values), _read(v, p.shape[1], values.shape[1], other_heads)
+        v.kv(p[:, :, : len(values)]),
+        v.kv(values, stored=True),
+        _read(v, p.shape[1], values.shape[1], other_heads),
     )
 
 

@@ -31,19 +31,20 @@ add(
 )
 
 
-def _padded(v: Any) -> np.ndarray:
+def conv_input(v: Any) -> np.ndarray:
+    """What the convolution runs over: W - 1 rows of the past, then one a token."""
     mixed = v("linear_attn_qkv_mixed")
     return np.concatenate([v.state("conv_states_reshaped", (v.facts.conv_kernel - 1, mixed.shape[1])), mixed])
 
 
 def _conv(v: Any, padded: np.ndarray | None = None, kernel: np.ndarray | None = None) -> np.ndarray:
     return f.causal_conv(
-        _padded(v) if padded is None else padded, v.weight("ssm_conv1d") if kernel is None else kernel
+        conv_input(v) if padded is None else padded, v.weight("ssm_conv1d") if kernel is None else kernel
     )
 
 
 def _fit_conv(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
-    padded, width = _padded(v), v.facts.conv_kernel
+    padded, width = conv_input(v), v.facts.conv_kernel
     shifted = np.stack([padded[j : j + len(y)] for j in range(width)], axis=-1).transpose(
         1, 0, 2
     )  # (C, T, W)
@@ -53,7 +54,7 @@ def _fit_conv(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
 
 
 def _shifted(v: Any, by: int) -> np.ndarray:
-    padded = _padded(v)
+    padded = conv_input(v)
     return (
         np.roll(padded, by, axis=0) if by < 0 else np.concatenate([np.zeros_like(padded[:by]), padded[:-by]])
     )
@@ -61,24 +62,24 @@ def _shifted(v: Any, by: int) -> np.ndarray:
 
 def _fresh(v: Any, fill: str) -> np.ndarray:
     """The conv input with its history wrong: zeros although there was some, or the first row repeated."""
-    padded, past = _padded(v).copy(), v.facts.conv_kernel - 1
+    padded, past = conv_input(v).copy(), v.facts.conv_kernel - 1
     padded[:past] = padded[past] if fill == "edge" else padded[:past][::-1] if fill == "reversed" else 0
     return padded
 
 
-add("conv_input", "ssm", "ssm", _padded, alias=True)
+add("conv_input", "ssm", "ssm", conv_input, alias=True)
 add(
     "conv_state_last",
     "ssm",
     "ssm",
-    lambda v: _padded(v)[1 - v.facts.conv_kernel :],
+    lambda v: conv_input(v)[1 - v.facts.conv_kernel :],
     variants={
-        "token-shift": lambda v: _padded(v)[-v.facts.conv_kernel : -1],
-        "state-reversed": lambda v: _padded(v)[1 - v.facts.conv_kernel :][::-1],
-        "stale-state": lambda v: _padded(v)[: v.facts.conv_kernel - 1],
+        "token-shift": lambda v: conv_input(v)[-v.facts.conv_kernel : -1],
+        "state-reversed": lambda v: conv_input(v)[1 - v.facts.conv_kernel :][::-1],
+        "stale-state": lambda v: conv_input(v)[: v.facts.conv_kernel - 1],
     },
 )
-add("conv_state_update", "ssm", "ssm", lambda v: _padded(v)[1 - v.facts.conv_kernel :], alias=True)
+add("conv_state_update", "ssm", "ssm", lambda v: conv_input(v)[1 - v.facts.conv_kernel :], alias=True)
 add(
     "conv_output_raw",
     "ssm",
@@ -110,7 +111,7 @@ def conv_by_chunk(
 
     Without `carry` the history is that of one token earlier.
     """
-    padded, y, past = _padded(v), _conv(v), v.facts.conv_kernel - 1
+    padded, y, past = conv_input(v), _conv(v), v.facts.conv_kernel - 1
     for start in range(first, len(y), period):
         rows = slice(start, min(len(y), start + past))
         history = padded[start : start + past]

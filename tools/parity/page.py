@@ -36,6 +36,8 @@ def _curves(tap: Any, comparison: Any) -> dict[str, list[float]]:
     curves = {"tokens": _thin(tap.metrics.tokens)}
     if tap.local is not None:
         curves["local"] = _thin(tap.local.tokens)
+    if tap.own:
+        return curves
     ours = comparison.views[0][tap.name]
     if ours.size <= _HEADS_WITHIN:
         curves["heads"] = _thin(head_curve(ours, comparison.views[1][tap.name]))

@@ -53,7 +53,8 @@ text { fill: var(--quiet); font-size: 11px } label { margin-right: 1rem }
 const { report, curves } = JSON.parse(document.getElementById("data").textContent);
 const byName = new Map(report.taps.map(tap => [tap.name, tap]));
 const firstName = report.first ? report.first.tap : null;
-const number = x => x === null || x === undefined ? "\\u2013" : x === 0 ? "0" : Number(x).toPrecision(3);
+const number = x => x === null || x === undefined ? "\\u2013" : x === 0 ? "0" :
+  Math.abs(x) < 1e-3 || Math.abs(x) >= 1e5 ? Number(x).toExponential(2) : Number(x).toPrecision(3);
 const element = (tag, text, parent, set = {}) => {
   const made = Object.assign(document.createElement(tag), set);
   if (text !== null) made.textContent = text;
@@ -75,8 +76,23 @@ const colour = (tap, view) => {
   return `hsl(${140 - 140 * Math.min(1, share * 1.6)} ${35 + 40 * share}% ${72 - 34 * share}%)`;
 };
 const layers = [...new Set(report.taps.map(tap => tap.layer).filter(layer => layer !== null))].sort((a, b) => a - b);
-const ops = [...new Set(report.taps.filter(tap => tap.layer !== null).map(tap => tap.op))];
+// Operations in the order of execution: where, on the average of its layers, each comes in its layer; those that
+// only some layers have together, so that a kind of layer stays in one piece.
+const places = new Map(), within = new Map();
+for (const layer of layers) {
+  const own = report.taps.filter(tap => tap.layer === layer);
+  own.forEach((tap, i) => {
+    places.set(tap.op, [...(places.get(tap.op) || []), i / own.length]);
+    within.set(tap.op, `${within.get(tap.op) || ""} ${layer}`);
+  });
+}
+const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
+const place = op => mean(places.get(op));
+const kin = op => [...places.keys()].filter(other => within.get(other) === within.get(op));
+const band = op => places.get(op).length === layers.length ? place(op) : mean(kin(op).map(place));
+const ops = [...places.keys()].sort((a, b) => band(a) - band(b) || place(a) - place(b));
 const ends = report.taps.filter(tap => tap.layer === null);
+const start = ends.filter(tap => report.taps.indexOf(tap) < report.taps.findIndex(other => other.layer !== null));
 function drawMap(view) {
   const map = document.getElementById("map");
   map.textContent = "";
@@ -92,16 +108,18 @@ function drawMap(view) {
     if (tap.name === firstName) made.classList.add("first");
     made.onclick = () => choose(tap.name);
   };
+  const lone = tap => {
+    const row = element("tr", null, map);
+    element("th", tap.name, row);
+    cell(tap, row);
+  };
+  start.forEach(lone);
   for (const op of ops) {
     const row = element("tr", null, map);
     element("th", op, row);
     for (const layer of layers) cell(byName.get(`${op}-${layer}`), row);
   }
-  for (const tap of ends) {
-    const row = element("tr", null, map);
-    element("th", tap.name, row);
-    cell(tap, row);
-  }
+  ends.filter(tap => !start.includes(tap)).forEach(lone);
   document.getElementById("legend").textContent = view === "local"
     ? "Green: within the computed noise floor. Red: a million times above it. Outlined: the first broken operation."
     : "Green: 1e-7 and below. Red: 1 and above. Outlined: the first broken operation.";

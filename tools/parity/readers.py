@@ -73,7 +73,7 @@ def _plain(taps: Mapping[str, Any], path: Path, kind: str, **rest: Any) -> Dump:
     if not len(taps):
         raise BadInput(f"{path}: holds no array; expected activations by name")
     order = sorted(taps, key=_natural) if kind != "npz" else list(taps)
-    return Dump(_Squeezed(taps), engine=rest.pop("engine", ""), order=order, format=kind, **rest)
+    return Dump(_Squeezed(taps, path), engine=rest.pop("engine", ""), order=order, format=kind, **rest)
 
 
 def _natural(name: str) -> list[Any]:
@@ -84,11 +84,13 @@ def _natural(name: str) -> list[Any]:
 class _Squeezed(Mapping[str, np.ndarray]):
     """Arrays without a leading batch axis of one, as floats or integers that numpy computes with."""
 
-    def __init__(self, arrays: Mapping[str, Any]):
-        self._arrays = arrays
+    def __init__(self, arrays: Mapping[str, Any], source: Path):
+        self._arrays, self._source = arrays, source
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = np.asarray(self._arrays[name])
+        if array.dtype.kind not in "fiub":
+            raise BadInput(f"{self._source}: array {name} is of type {array.dtype}; expected real numbers")
         if array.dtype.kind == "f" and array.dtype.itemsize not in (4, 8):
             array = array.astype(np.float32)
         return array[0] if array.ndim > 2 and array.shape[0] == 1 else array
@@ -111,7 +113,7 @@ def _npz(path: Path) -> Dump:
         raise BadInput(f"{path}: not a whole .npz archive ({_line(error)})") from None
     except Exception as error:  # zipfile has errors of its own
         raise BadInput(f"{path}: not a whole .npz archive ({_line(error)})") from None
-    tokens = _take(archive, arrays, ("tokens", "input_ids"))
+    tokens = _take(_Archive(archive, list(arrays), path), arrays, ("tokens", "input_ids"), path)
     return _plain(_Archive(archive, list(arrays), path), path, "npz", tokens=tokens)
 
 
@@ -125,6 +127,9 @@ class _Archive(Mapping[str, np.ndarray]):
         except Exception as error:
             raise BadInput(f"{self._path}: array {name} cannot be read ({_line(error)})") from None
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -132,12 +137,15 @@ class _Archive(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-def _take(archive: Any, names: dict[str, None], words: tuple[str, ...]) -> list[int]:
+def _take(archive: Any, names: dict[str, None], words: tuple[str, ...], path: Path) -> list[int]:
     """An array of token ids, taken out of the taps."""
     for word in words:
         if word in names:
             del names[word]
-            return [int(token) for token in np.ravel(archive[word])]
+            tokens = np.ravel(archive[word])
+            if tokens.dtype.kind not in "iu":
+                raise BadInput(f"{path}: {word} is of type {tokens.dtype}; expected integers")
+            return tokens.tolist()
     return []
 
 
@@ -242,7 +250,11 @@ def _debug_tree(path: Path) -> Dump:
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not a transformers debug tree ({_line(error)})") from None
     taps: dict[str, Any] = {}
-    for module, output in _outputs(tree):
+    try:
+        outputs = list(_outputs(tree))
+    except (BadInput, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: {_line(error)}") from None
+    for module, output in outputs:
         array = _tree_value(output, path.parent)
         if array is not None:
             taps[module] = array
@@ -251,10 +263,14 @@ def _debug_tree(path: Path) -> Dump:
             f"{path}: no output values in this tree; expected model_addition_debugger_context(use_repr=False, "
             "do_prune_layers=False)"
         )
-    return Dump(_Squeezed(taps), engine="transformers", order=list(taps), format="transformers debug tree")
+    return Dump(
+        _Squeezed(taps, path), engine="transformers", order=list(taps), format="transformers debug tree"
+    )
 
 
-def _outputs(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _outputs(node: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(node, Mapping) or not isinstance(node.get("module_path", ""), str):
+        raise BadInput("a node of this tree is no module; expected transformers' debug tree")
     for child in node.get("children") or []:
         yield from _outputs(child)
     if node.get("outputs") is not None and node.get("module_path"):

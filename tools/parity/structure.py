@@ -6,6 +6,7 @@ odd ones (with a single token, on every other channel).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from scarlet_jax.tools.parity.arithmetic import bf16, f16, q8_0
 from scarlet_jax.tools.parity.case import listed
+from scarlet_jax.tools.parity.swaps import channel_orders
 
 Make = Callable[..., Any]
 Found = Iterator[tuple[str, float, str, str, int]]
@@ -39,7 +41,7 @@ def _zeros(case: Any, _: Any) -> Found:
 def _gain(case: Any, pair: Any) -> Found:
     fit, held = case.halves()
     p, y = case.right[fit], case.ours[fit]
-    gain = float((p * y).sum() / max((p * p).sum(), 1e-300))
+    gain = _least(p, y)
     explained = case.share(gain * case.right, held)
     if abs(gain + 1) < 0.02:
         yield "sign", explained, f"the output is the right one times {gain:.4g}", "structure", 1
@@ -176,8 +178,14 @@ def _shift(case: Any, _: Any) -> Found:
             continue
         rows = slice(by, None) if by > 0 else slice(None, by)
         moved = np.roll(case.right, by, axis=0)
-        text = f"every row is that of {abs(by)} token{'s' * (abs(by) > 1)} {'earlier' if by > 0 else 'later'}"
-        yield "token-shift", case.share(moved, rows), text, "structure", 1
+        where = f"of {abs(by)} token{'s' * (abs(by) > 1)} {'earlier' if by > 0 else 'later'}"
+        yield "token-shift", case.share(moved, rows), f"every row is that {where}", "structure", 1
+        gain = _least(moved[rows], case.ours[rows])
+        text = f"every row is {gain:.4g} times that {where}"
+        yield "token-shift", case.share(gain * moved, rows), text, "structure", 3
+        gain = _least(moved[rows], case.residual[rows])
+        text = f"{gain:.4g} times the row {where} is added to every row"
+        yield "stale-row", case.share(case.right + gain * moved, rows), text, "structure", 3
     if tokens > 3:
         yield "token-order", case.share(case.right[::-1]), "the tokens are in reverse order", "structure", 1
         yield (
@@ -187,6 +195,11 @@ def _shift(case: Any, _: Any) -> Found:
             ("structure"),
             2,
         )
+
+
+def _least(x: np.ndarray, y: np.ndarray) -> float:
+    """The factor that brings x nearest to y."""
+    return float((x * y).sum() / max((x * x).sum(), 1e-300))
 
 
 def _heads(case: Any, pair: Any) -> Found:
@@ -222,12 +235,7 @@ def _channels(case: Any, _: Any) -> Found:
     n = case.ours.shape[-1] if case.ours.ndim > 1 else 0
     if n < 2:
         return
-    named = {"halves swapped": np.roll(np.arange(n), n // 2), "reversed": np.arange(n)[::-1]}
-    if n % 2 == 0:
-        named["interleaved for halves"] = np.arange(n).reshape(2, -1).T.ravel()
-        named["halves for interleaved"] = np.arange(n).reshape(-1, 2).T.ravel()
-        named["neighbours swapped"] = np.arange(n).reshape(-1, 2)[:, ::-1].ravel()
-    for label, order in named.items():
+    for label, order in channel_orders(n).items():
         explained = case.share(case.right[..., order])
         yield _order_name(case, order), explained, f"channels {label}", "structure", 2
     if n <= 2048 and case.ours.size // n >= 6:
@@ -258,6 +266,45 @@ def _precision(case: Any, _: Any) -> Found:
     for label, rounding in (("bf16", bf16), ("f16", f16), ("int8 blocks", q8_0)):
         text = f"the output is the right one rounded to {label}"
         yield "output-precision", case.share(rounding(case.right)), text, "structure", 1
+
+
+def _grid(case: Any, _: Any) -> Found:
+    """Whole numbers times one scale: for everything, a token, a channel or a run along the last axis."""
+    axes = tuple(range(case.right.ndim))
+    groups = {"one scale for all": axes, "a scale a token": axes[1:], "a scale a row": axes[-1:]}
+    if len(case.ours) > 3:
+        groups["a scale a channel"] = axes[:1]
+    for label, over in groups.items():
+        for levels in (127, 7):
+            step = np.abs(case.right).max(axis=over, keepdims=True) / levels if over else 0
+            if np.any(step):
+                step = np.where(step, step, 1)
+                text = f"the output is the right one as integers to {levels}, {label}"
+                candidate = np.rint(case.right / step) * step
+                yield "output-precision", case.share(candidate), text, "structure", 2
+
+
+def _axes(case: Any, pair: Any) -> Found:
+    """The right numbers read in another order of axes: a view where a transposition was meant, or the other way."""
+    shape, facts = case.right.shape, pair.reference.facts
+    cut = {shape} if len(shape) == 3 else set()
+    if len(shape) == 2:
+        dims = (facts.head_dim, facts.key_dim, facts.value_dim)
+        cut = {shape} | {
+            (shape[0], shape[1] // d, d) for d in dims if d and shape[1] % d == 0 and shape[1] > d
+        }
+    for form in sorted(cut):
+        for order in itertools.permutations(range(len(form))):
+            if order == tuple(range(len(form))):
+                continue
+            turned = [form[a] for a in order]
+            for label, x in (
+                ("laid out", case.right.reshape(form).transpose(order).reshape(shape)),
+                ("taken to lie", case.right.reshape(turned).transpose(np.argsort(order)).reshape(shape)),
+            ):
+                text = f"the right numbers {label} with axes {list(order)} of {list(form)}"
+                name = "channel-permutation" if order[0] == 0 else "axis-order"
+                yield name, case.share(x), text, "structure", 3
 
 
 def _clip(case: Any, _: Any) -> Found:
@@ -358,6 +405,8 @@ _LOOKS = (
     _heads,
     _channels,
     _precision,
+    _grid,
+    _axes,
     _clip,
     _soft_cap,
     _token_offset,

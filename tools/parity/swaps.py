@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from scarlet_jax.tools.parity.graph import FAILURES, Op, find
+from scarlet_jax.tools.parity.weights import LARGE
 
 Make = Callable[..., Any]
 
@@ -35,7 +36,22 @@ def other_taps(case: Any, pair: Any, make: Make) -> list[Any]:
         found.append(
             make(cause, explained, f"ours is the reference's {name}: {explained:.2%}", "structure", 4)
         )
+        if cause in ("wrong-weight", "swapped-gate-up"):
+            found += _dealt(case, name, candidate.reshape(len(case.ours), -1), make)
     return found
+
+
+def _dealt(case: Any, name: str, other: np.ndarray, make: Make) -> Iterator[Any]:
+    """Two products stored as one and taken apart the wrong way: row by row for half by half, or the reverse."""
+    own = case.right.reshape(len(case.ours), -1)
+    for parts in ((own, other), (other, own)):
+        whole, mixed = np.concatenate(parts, axis=1), np.stack(parts, axis=-1).reshape(len(own), -1)
+        n = own.shape[1]
+        for label, x in (("every other row", whole[:, 0::2]), ("every other row", whole[:, 1::2]),
+                         ("half", mixed[:, :n]), ("half", mixed[:, n:])):  # fmt: skip
+            explained = case.share(x.reshape(case.ours.shape))
+            text = f"ours is {label} of this product and {name} together: {explained:.2%}"
+            yield make("weight-layout", explained, text, "structure", 4)
 
 
 def _both_products(case: Any, other: str) -> bool:
@@ -105,7 +121,7 @@ def other_weights(case: Any, weights: Mapping, make: Make) -> list[Any]:
         return []
     found, stem, layer = [], case.op.weight, case.tap.layer
     key = (layer if (layer, stem) in weights else None, stem)
-    if key not in weights:
+    if key not in weights or (hasattr(weights, "elements") and weights.elements(key) > LARGE):
         return []
     shape = np.shape(weights[key])
     for other, label in _candidates(weights, key):
@@ -116,7 +132,8 @@ def other_weights(case: Any, weights: Mapping, make: Make) -> list[Any]:
         found.append(make(cause, explained, f"re-run with {label}: {explained:.2%} explained", "swap", 1))
     for label, change in _rearrangements(case, shape):
         explained = _rerun(case, stem, change(np.asarray(weights[key])))
-        cause = "head-permutation" if "heads" in label else "weight-layout"
+        vector = len(shape) < 2 and shape != (case.view.facts.value_heads,)
+        cause = "head-permutation" if "heads" in label and not vector else "weight-layout"
         found.append(make(cause, explained, f"re-run with the weight {label}: {explained:.2%}", "swap", 3))
     return found
 
@@ -199,6 +216,82 @@ def other_inputs(case: Any, make: Make) -> list[Any]:
                 text = f"re-run with the input's heads of {dim} {label}: {explained:.2%} explained"
                 found.append(make("head-permutation", explained, text, "swap", 1))
     return found
+
+
+def unknown_matrix(case: Any, pair: Any, make: Make) -> list[Any]:
+    """A product with a matrix that nobody gave, on inputs exchanged or left out.
+
+    The inputs as supposed are combined from the reference's, and the outputs must be the same combination. What
+    is outside the span of the reference's inputs nobody can foretell: where that is much, nothing is said.
+    """
+    tap, found = case.tap, []
+    if case.op is None or not case.op.linear or tap.local is None or tap.local.method != "span":
+        return found
+    taps = [
+        (run.taps[n], run.taps[tap.name]) for run in (pair.ours, pair.reference) for n in tap.local.inputs
+    ]
+    (x, y), (x_ref, y_ref) = (tuple(np.asarray(a, np.float64).reshape(len(a), -1) for a in t) for t in taps)
+    gram = x_ref @ x_ref.T
+    solve = x_ref.T @ np.linalg.inv(gram + 1e-10 * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    gain = float((y_ref**2).sum() / max((x_ref**2).sum(), 1e-300))
+    energy = float((case.residual**2).sum())
+    for name, text, supposed in _supposed_inputs(x, pair.reference.facts):
+        mixing = supposed @ solve
+        unseen = gain * float(((supposed - mixing @ x_ref) ** 2).sum())
+        if unseen > 0.3 * energy or not energy:
+            continue
+        left = float(((y - mixing @ y_ref) ** 2).sum())
+        explained = 1 - max(0.0, left - 1.3 * unseen - case.floor**2) / energy
+        found.append(make(name, explained, f"{text}: {explained:.2%} explained", "swap", 5))
+    return found
+
+
+def _supposed_inputs(x: np.ndarray, facts: Any) -> Iterator[tuple[str, str, np.ndarray]]:
+    """What a product may have taken for its input x (T, in)."""
+    n = x.shape[1]
+    for dim in sorted({facts.value_dim, facts.head_dim, facts.key_dim} - {0, 1}):
+        for label, order in _head_orders(dim, facts):
+            index = order(n)
+            if index is not None and not (index == np.arange(n)).all():
+                yield "head-permutation", f"the input's heads of {dim} are {label}", x[:, index]
+    for label, index in channel_orders(n).items():
+        yield "input-permutation", f"the input's channels are {label}", x[:, index]
+    for count in range(1, n // 2 + 1) if n <= 1024 else ():
+        for label, part in (("last", slice(n - count, n)), ("first", slice(0, count))):
+            kept = x.copy()
+            kept[:, part] = 0
+            yield "missing-inputs", f"the {label} {count} of {n} inputs are left out", kept
+
+
+def channel_orders(n: int) -> dict[str, np.ndarray]:
+    """Usual mistakes in the order of n channels."""
+    orders = {"halves swapped": np.roll(np.arange(n), n // 2), "reversed": np.arange(n)[::-1]}
+    if n % 2 == 0:
+        orders["interleaved for halves"] = np.arange(n).reshape(2, -1).T.ravel()
+        orders["halves for interleaved"] = np.arange(n).reshape(-1, 2).T.ravel()
+        orders["neighbours swapped"] = np.arange(n).reshape(-1, 2)[:, ::-1].ravel()
+    return orders
+
+
+def tied_head(case: Any, pair: Any, make: Make) -> list[Any]:
+    """Logits made with the embedding's table: the rows of it that the prompt shows are enough to tell."""
+    tokens, names = np.asarray(pair.reference.facts.tokens), ("model.input_embed", "result_norm")
+    if case.tap.op != "result_output" or not all(n in pair.ours.taps for n in names) or not len(tokens):
+        return []
+    table, x = (np.asarray(pair.ours.taps[n], np.float64) for n in names)
+    ids = tokens[: len(table)]
+    if (
+        len(ids) != len(table)
+        or len(x) != len(case.ours)
+        or ids.max() >= case.ours.shape[-1]
+        or ids.min() < 0
+    ):
+        return []
+    right, ours = case.right[:, ids], case.ours[:, ids]
+    left = ((ours - x @ table.T) ** 2).sum()
+    explained = 1 - float(left) / max(float(((ours - right) ** 2).sum()), 1e-300)
+    text = f"logits of the prompt's own tokens are those of the embedding's rows: {explained:.2%} explained"
+    return [make("wrong-weight", explained, text, "swap", 1)]
 
 
 def _head_orders(dim: int, facts: Any) -> Iterator[tuple[str, Callable[[int], np.ndarray | None]]]:

@@ -12,6 +12,7 @@ from scarlet_jax.tools.parity import operations  # noqa: F401 - fills the table 
 from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, bf16, partner, tf32
 from scarlet_jax.tools.parity.facts import Facts
 from scarlet_jax.tools.parity.graph import Missing, Op, find
+from scarlet_jax.tools.parity.weights import LARGE
 
 Weights = Mapping[tuple[int | None, str], np.ndarray]
 Taps = Mapping[str, np.ndarray]
@@ -22,7 +23,7 @@ class Arithmetic:
     """How an engine rounds what it multiplies: "" for f32 all the way.
 
     `matmul`: "partner" (activations in the weight type's 8-bit partner), "bf16", "tf32".
-    `kv`: "f16", "bf16", "q8_0", "q4_0", of keys and values, of what meets them too.
+    `kv`: "f16", "bf16", "q8_0", "q4_0", of keys and values and of what meets them; "f16, stored" of the first alone.
     `loose`: those of the two ("matmul", "kv") that are known by their size only: the engine's errors are of
     that order, but repeating the rounding does not reproduce them.
     """
@@ -172,6 +173,8 @@ class LayerView:
     def weight(self, stem: str) -> np.ndarray:
         """A weight: the model's, or what the reference's own taps say it must be."""
         key = (self.layer if stem not in _GLOBAL else None, stem)
+        if _is_large(self.run.given, key):
+            raise Missing(f"{stem} whole")
         if self.run.given is not None and key in self.run.given:
             return self.run.given[key].astype(self.dtype, copy=False)
         if key in self.run.learned:
@@ -188,7 +191,9 @@ class LayerView:
 
     def linear(self, stem: str, x: np.ndarray) -> np.ndarray:
         """x W^T, in the arithmetic to imitate."""
-        x = self._activation(stem, x)
+        x, key = self._activation(stem, x), (None, stem)
+        if stem in _GLOBAL and _is_large(self.run.given, key):
+            return self.run.given.product(key, x)
         weight = self.weight(stem)
         if weight.shape[-1] != x.shape[-1]:
             raise Missing(f"{stem} with {x.shape[-1]} inputs")
@@ -213,10 +218,15 @@ class LayerView:
             return x if rounding is None else rounding(x)
         return {"": lambda x: x, "bf16": bf16, "tf32": tf32}[how](x)
 
-    def kv(self, x: np.ndarray) -> np.ndarray:
-        """Keys, values and the queries that meet them, as the cache holds them."""
-        rounding = KV_ROUNDING.get(self.arithmetic.kv)
-        return x if rounding is None else rounding(x)
+    def kv(self, x: np.ndarray, *, stored: bool = False) -> np.ndarray:
+        """Keys and values as the cache holds them; queries and probabilities as the engine makes them to meet those."""
+        kind, comma, _ = self.arithmetic.kv.partition(",")
+        rounding = KV_ROUNDING.get(kind)
+        return x if rounding is None or (comma and not stored) else rounding(x)
+
+
+def _is_large(given: Any, key: tuple[int | None, str]) -> bool:
+    return hasattr(given, "product") and key in given and given.elements(key) > LARGE
 
 
 class Window(Mapping[str, np.ndarray]):

@@ -10,6 +10,9 @@ import numpy as np
 
 from scarlet_jax.errors import BadInput
 
+LARGE = 1 << 26  # elements of a weight that is never decoded whole: a vocabulary's
+_AT_ONCE = 1 << 22
+
 
 class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
     """(layer, stem) -> f32 array (out, in); decoded at each access, the last few kept.
@@ -72,6 +75,21 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
             tensor = self._file.tensors[name]
             self._cache[name] = decode(tensor.data, tensor.qtype) * self._scale(name)
         return self._cache[name]
+
+    def elements(self, key: tuple[int | None, str]) -> int:
+        """How many numbers a weight holds."""
+        return int(np.prod(self._file.tensors[self.tensor_name(key)].shape))
+
+    def product(self, key: tuple[int | None, str], x: np.ndarray) -> np.ndarray:
+        """x (T, in) by the weight, some rows of it decoded at a time: for one that would not fit."""
+        name = self.tensor_name(key)
+        tensor, scale = self._file.tensors[name], self._scale(name)
+        step = max(1, _AT_ONCE // x.shape[-1])
+        made = np.empty((len(x), len(tensor.data)), x.dtype)
+        for start in range(0, len(tensor.data), step):
+            some = decode(tensor.data[start : start + step], tensor.qtype) * scale
+            made[:, start : start + step] = x @ some.astype(x.dtype, copy=False).T
+        return made
 
     def rows(self, key: tuple[int | None, str], ids: np.ndarray) -> np.ndarray:
         """Rows `ids` of a table."""
