@@ -113,7 +113,7 @@ def test_parts_of_an_array_are_what_indexing_gives():
 SHAPE = models.DENSE_SHAPES["qwen3"]
 
 
-@pytest.mark.hours
+@pytest.mark.slow
 def test_processes_share_a_model(tmp_path):
     """Two processes of two devices: the tokens of one process alone; the first tells them, and its seed."""
     with socket.socket() as free:

@@ -141,7 +141,7 @@ def test_lowers(operation, arguments, kernels, platform):
     assert text.count(gpu.CUSTOM_CALL) == (kernels if platform == "cuda" else 0)
 
 
-@pytest.mark.hours
+@pytest.mark.slow
 def test_the_trial_on_a_device_passes_and_notices(monkeypatch):
     """What decides on a GPU whether the kernels are used, interpreted: all of it right, then one kernel wrong."""
     trial = gpu.trial.__wrapped__
