@@ -3,14 +3,13 @@
 A peer of `ops.portable` behind `ops.matmul`: `unavailable()` and `qmatmul(x, w)`. Weights decode to the very
 f32 values of ggml's reference, activations stay f32, sums are f32; a result does not depend on the number
 of threads. The best instruction set of the machine is chosen at load;
-SCARLET_CPU_ISA=amx|avx512vnni|avx512|avx2|generic forces one, and SCARLET_THREADS sets how many threads share
-the work (all cores by default).
+SCARLET_CPU_ISA=amx|avx512|avx2|generic forces one, and SCARLET_THREADS sets how many threads share the work
+(all cores by default).
 
-`fast` (opt-in; as an implementation, `ops.cpu.fast`) rounds activations to 16 bits, a scale for each 256 of
-them, where the processor has AVX-512 VNNI: those of few rows by any block format but Q1_0 and Q2_0, those of
-many rows where the format has one scale for 256 weights; all else stays exact. About 2e-5 of relative error for
-up to twice the speed. With AMX, many rows take two bf16 for each number instead, of activations and of weights
-of any format: about 5e-6.
+`fast` (opt-in; as an implementation, `ops.cpu.fast`) rounds the activations of products with many rows to 16
+bits, a scale for each 256 of them, where the processor has AVX-512 VNNI and the format one scale for 256
+weights; all else stays exact. About 2e-5 of relative error for up to twice the speed. With AMX it takes two
+bf16 for each number instead, of activations and of weights of any format: about 5e-6.
 
 All functions are for jit and vmap; the products have gradients too.
 """
@@ -62,7 +61,7 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: "amx", "avx512vnni", "avx512", "avx2" or "generic"."""
+    """The instruction set in use: "amx", "avx512", "avx2" or "generic"."""
     return _library().isa
 
 

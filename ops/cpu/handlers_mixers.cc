@@ -11,11 +11,12 @@
 namespace scarlet {
 namespace {
 
-// The mixers of the vectors in use.
+// The mixers of the instruction set in use.
 const Mixers& mixers(const Kernels& kernels) {
 #if defined(__x86_64__)
+  if (kernels.matrix != nullptr) return mixers_avx512();
   for (const Mixers* m : {&mixers_avx512(), &mixers_avx2()}) {
-    if (std::strcmp(m->vectors, kernels.vectors) == 0) return *m;
+    if (std::strcmp(m->isa, kernels.isa) == 0) return *m;
   }
 #endif
   return mixers_generic();

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "amx.h"
-#include "digits.h"
 #include "types.h"
 
 namespace scarlet {
@@ -29,9 +28,11 @@ struct Product {
 };
 
 using DecodeFn = void (*)(const uint8_t* blocks, float* out, int64_t elements);
+using MultiplyFn = void (*)(const Product& product, float* scratch);
+using PrepareFn = void (*)(const float* x, int64_t elements, float* out);
+
 struct Kernels {
   const char* isa;
-  const char* vectors;  // whose they are: "avx512" for all that extend it
   DecodeFn decode[kTypeCount];
   MultiplyFn multiply_few[kTypeCount];  // 1 <= count <= kFewRows; a row's sums do not depend on count
   PrepareFn prepare[kTypeCount];        // if not null, what multiply_few wants done to each row of x before
@@ -41,8 +42,6 @@ struct Kernels {
   void (*silu_gate)(float* gate, const float* up, int64_t n);  // gate = silu(gate) * up
   float (*sum_of_bytes)(const uint8_t* bytes, size_t n);       // reads all of them: a bandwidth probe
   double (*fma_chain)(int64_t iterations);                     // returns the flops it did: a peak probe
-  const Digits* four_digits = nullptr;  // if not null, what takes one row
-  const Digits* two_digits = nullptr;   // and a few rows in the fast mode
   const MatrixUnit* matrix = nullptr;  // if not null, what takes many rows, of any type
 };
 
@@ -50,7 +49,6 @@ const Kernels& kernels_generic();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
-const Kernels& kernels_avx512vnni();
 const Kernels& kernels_amx();
 #endif
 

@@ -55,7 +55,6 @@ const Kernels* choose(const char* wanted, std::string* error) {
   const Choice choices[] = {
 #if defined(__x86_64__)
       {"amx", avx512 && matrix_unit_granted(), kernels_amx},
-      {"avx512vnni", avx512 && __builtin_cpu_supports("avx512vnni"), kernels_avx512vnni},
       {"avx512", avx512, kernels_avx512},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
 #endif
@@ -127,14 +126,14 @@ struct Ready {
   const FastKernels* fast = nullptr;
   FastRows rows{};  // if fast
   const MatrixUnit* matrix = nullptr;
-  SplitRows split{};         // if matrix
-  MultiplyFn few = nullptr;  // if few rows
+  SplitRows split{};  // if matrix
 
   Ready(const Kernels& kernels, const Job& job) : type(job.type), product(job.product) {
+    const PrepareFn prepare = kernels.prepare[static_cast<int>(type)];
     const FastKernels* offered = job.fast ? fast_kernels() : nullptr;
     if (product.count == 0) return;
     if (product.count <= kFewRows) {
-      reorder(kernels, job.fast ? kernels.two_digits : kernels.four_digits);
+      if (prepare != nullptr) reorder(kernels, prepare);
     } else if (kernels.matrix != nullptr) {
       split_terms(*kernels.matrix, job.fast ? 2 : 3);
     } else if (offered != nullptr && offered->covers(type)) {
@@ -158,16 +157,8 @@ struct Ready {
   }
 
  private:
-  void reorder(const Kernels& kernels, const Digits* digits) {
-    const int t = static_cast<int>(type);
-    few = kernels.multiply_few[t];
-    PrepareFn prepare = kernels.prepare[t];
-    int64_t (*floats)(int64_t) = kernels.prepared_floats;
-    if (digits != nullptr && digits->prepare[t] != nullptr && product.count <= digits->rows) {
-      few = digits->multiply[t], prepare = digits->prepare[t], floats = digits->prepared_floats;
-    }
-    if (prepare == nullptr) return;
-    const int64_t length = (floats(product.elements) + 15) / 16 * 16;
+  void reorder(const Kernels& kernels, PrepareFn prepare) {
+    const int64_t length = (kernels.prepared_floats(product.elements) + 15) / 16 * 16;
     floats_ = aligned<float>(product.count * length);
     for (int64_t m = 0; m < product.count; m++) {
       x_.push_back(floats_.get() + m * length);
@@ -220,8 +211,8 @@ void multiply(const Kernels& kernels, const Part& part, float* const* y, float* 
   p.y = y;
   if (job.fast != nullptr) return job.fast->multiply(kernels, job.type, p, job.rows, scratch);
   if (job.matrix != nullptr) return job.matrix->multiply(kernels, job.type, p, job.split, scratch);
-  if (job.few != nullptr) return job.few(p, scratch);
-  kernels.multiply_many[static_cast<int>(job.type)](p, scratch);
+  const auto& table = p.count <= kFewRows ? kernels.multiply_few : kernels.multiply_many;
+  table[static_cast<int>(job.type)](p, scratch);
 }
 
 std::vector<float*> results(const Part& part) {
@@ -235,7 +226,8 @@ std::vector<float*> results(const Part& part) {
 
 const FastKernels* fast_kernels() {
 #if defined(__x86_64__)
-  if (std::strcmp(kernels().isa, "avx512vnni") == 0) return &fast_kernels_avx512vnni();
+  static const bool runs_here = __builtin_cpu_supports("avx512vnni");
+  if (runs_here && std::strcmp(kernels().isa, "avx512") == 0) return &fast_kernels_avx512vnni();
 #endif
   return nullptr;
 }

@@ -17,7 +17,7 @@ namespace planar {
 // floats; `element(v, n)`, where the n-th byte of the v-th vector belongs; `group(v, lane)`, the factor of a
 // lane. kSumOf elements make up each sum that a minimum multiplies, times kSumBy (0: there is none).
 struct Plain {
-  static constexpr int kSumOf = 32, kSumBy = 0, kSumsFrom = 0;
+  static constexpr int kSumOf = 32, kSumBy = 0;
   // Rows of weights that are multiplied at a time. One, a single stream, suits what waits for memory;
   // several, which share the reading of x, what computes for long.
   static constexpr int kAbreast = 1;
@@ -225,7 +225,7 @@ struct Eight : Sixteens {
     high = _mm_insert_epi32(high, read<int32_t>(b + 7 * bytes), 3);
     const __m256i pairs = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
     const __m256 first = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(pairs));
-    if (!second) return _mm512_zextps256_ps512(first);
+    if (!second) return _mm512_castps256_ps512(first);
     const __m256 behind = _mm256_cvtph_ps(_mm256_cvtepi32_epi16(_mm256_srli_epi32(pairs, 16)));
     return _mm512_insertf32x8(_mm512_castps256_ps512(first), behind, 1);
   }
@@ -288,7 +288,7 @@ struct Q5_1 : Eight<24> {
 struct MXFP4 : Eight<17> {
   static SCARLET_INLINE F scales(const uint8_t* b) {  // 2^(e - 128); the two smallest are subnormal
     const I e =
-        _mm512_zextsi256_si512(_mm256_setr_epi32(b[0], b[17], b[34], b[51], b[68], b[85], b[102], b[119]));
+        _mm512_castsi256_si512(_mm256_setr_epi32(b[0], b[17], b[34], b[51], b[68], b[85], b[102], b[119]));
     const I normal = Simd::shl(Simd::add(e, Simd::set1i(-1)), 23);
     const I subnormal = _mm512_sllv_epi32(Simd::set1i(0x00200000), e);
     return _mm512_castsi512_ps(
@@ -417,7 +417,7 @@ struct NVFP4 : Plain {  // four blocks of 64
 // Eight grid rows of eight (or sixteen of four) are a vector of 64 elements in order, as signed bytes.
 template <int of>
 struct Grid : Plain {
-  static constexpr int kAbreast = 4, kSumOf = of;
+  static constexpr int kAbreast = 4;
   static SCARLET_INLINE I plane(I q, int, int k) {  // sign-extended
     return _mm512_srai_epi32(k == 3 ? q : Simd::shl(q, 24 - 8 * k), 24);
   }

@@ -3,7 +3,6 @@
 
 static const Kernels kKernels = {
     Simd::kName,
-    Simd::kName,
 #define SCARLET_BLOCK(name, elements, bytes) decode_row<Block<name, elements, bytes>>,
     {SCARLET_QTYPES(SCARLET_BLOCK)},
 #undef SCARLET_BLOCK
