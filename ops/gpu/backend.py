@@ -20,6 +20,9 @@ PLATFORMS = ("cuda", "rocm")
 # What `jax.export` has to be told: the text of a Triton call is not promised to hold across versions of jax.
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
 
+# The GPU that programs for "elsewhere" are lowered for, where jax asks for one by name (from 0.11 on).
+ELSEWHERE = {"device_kind": "NVIDIA H100", "num_cores": 132, "platform": "gpu"}
+
 _mode: contextvars.ContextVar[str] = contextvars.ContextVar("mode", default="compiled")
 
 
@@ -32,9 +35,19 @@ def mode(name: Literal["compiled", "interpreted", "elsewhere"]) -> Iterator[None
     """
     token = _mode.set(name)
     try:
-        yield
+        with _described_gpu() if name == "elsewhere" else contextlib.nullcontext():
+            yield
     finally:
         _mode.reset(token)
+
+
+def _described_gpu() -> contextlib.AbstractContextManager:
+    """What tells jax of a GPU that is not here; nothing, where it need not be told."""
+    describe = getattr(jax.sharding, "AbstractDevice", None)
+    if describe is None:
+        return contextlib.nullcontext()
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=describe(**ELSEWHERE))
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def interpreting() -> bool:

@@ -114,9 +114,9 @@ def test_bf16_activations():
 def lowered(function, platform: str, *arguments) -> str:
     """The program for a platform that is not here."""
     allowed = [export.DisabledSafetyCheck.custom_call(gpu.CUSTOM_CALL)]
-    return export.export(jax.jit(function), platforms=[platform], disabled_checks=allowed)(
-        *arguments
-    ).mlir_module()
+    with gpu.mode("elsewhere"):
+        export_for = export.export(jax.jit(function), platforms=[platform], disabled_checks=allowed)
+        return export_for(*arguments).mlir_module()
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,7 @@ def test_prefill_of_a_whole_model_lowers(platform, on_a_gpu):
         last = hidden[:, -1]
         return engine.head(weights.output_norm, weights.output, last, eps, implementation="gpu")[0], state
 
-    with gpu.mode("elsewhere"):
-        text = lowered(logits, platform, weights, np.zeros((1, 12), np.int32), model.init_state())
+    text = lowered(logits, platform, weights, np.zeros((1, 12), np.int32), model.init_state())
     assert (gpu.CUSTOM_CALL in text) == (platform == "cuda")
 
 
@@ -185,8 +184,7 @@ def test_the_decode_block_lowers(platform, on_a_gpu):
         arguments = (weights, token, state, key, step, count, params, stops)
         return engine._decode(*arguments, cfg=model.config, block=4, implementation="gpu")
 
-    with gpu.mode("elsewhere"):
-        text = lowered(decode, platform, weights, np.int32(1), model.init_state(), np.int32(0), np.int32(4))
+    text = lowered(decode, platform, weights, np.int32(1), model.init_state(), np.int32(0), np.int32(4))
     assert (gpu.CUSTOM_CALL in text) == (platform == "cuda")
     assert "callback" not in text
     assert text.count("stablehlo.while") >= 1
