@@ -54,27 +54,6 @@ with them.
 |---|---|---|
 """
 
-MEASURE = """
-## The measure itself
-
-`scarlet perplexity` has been held against llama.cpp's own program, llama-perplexity (0.5.0-dev, commit 0c1e570), on
-the same library, file and text: 400 held-out documents one behind another, 40 windows of 128, half of each counted,
-the packed model beside its F32 form (`-fa off -ctk f32 -ctv f32 --kl-divergence`).
-
-| | llama-perplexity | `scarlet perplexity --engine llama.cpp` |
-|---|---|---|
-| perplexity of F32 | 53.0440 | 53.0440 |
-| perplexity of Q4_K_M | 52.8718 +- 7.8160 | 52.8695 +- 7.8156 |
-| KL, mean | 0.009137 +- 0.000909 | 0.009137 +- 0.000909 |
-| KL, 99th percentile | 0.180095 | 0.180109 |
-| same token on top | 95.079 +- 0.431 % | 95.079 +- 0.431 % |
-
-Without the end tokens between them that training has, documents that follow each other surprise the model, hence so
-high a perplexity. The same windows by our engine: 53.0439 for F32, where the two engines compute the same, and
-53.1324 for Q4_K_M. llama-perplexity keeps a base's predictions in 16 bits, none more than 16 nats below the
-likeliest; the perplexity that it prints for the base from them, 26.68 here, is of these and not of the model.
-"""
-
 
 class Known:
     """An engine for `perplexity.score` whose logits of each window are computed once."""
@@ -162,7 +141,7 @@ def main(source: Path, count: int = WINDOWS) -> None:
         page += distances(packed, "packed", windows[0], truth) + distances(
             unpacked, "as F32", windows[0], truth
         )
-    (Path(__file__).parent.parent / "docs" / "quant-quality.md").write_text(page + MEASURE)
+    (Path(__file__).parent.parent / "docs" / "quant-quality.md").write_text(page)
 
 
 if __name__ == "__main__":
