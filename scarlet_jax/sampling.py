@@ -73,9 +73,10 @@ def sample(logits: Array, key: Array, params: Sampling, *, candidates: int = CAN
 
 
 def most_likely(logits: Array) -> np.ndarray:
-    """What `sample` gives at temperature 0, f32 (..., V) -> int32 (...), by the host: numpy takes a twentieth of
-    the time of an XLA program on a CPU, and has none to compile.
-    """  # noqa: D205
+    """What `sample` gives at temperature 0, f32 (..., V) -> int32 (...), by the host.
+
+    On a CPU numpy is far ahead of an XLA program here, and there is none to compile.
+    """
     values = np.asarray(logits)
     ids = values.argmax(axis=-1)  # of what is not a number, if anything is
     best = np.take_along_axis(values, ids[..., None], axis=-1)[..., 0]

@@ -88,7 +88,7 @@ class Ours:
         return int(sampling.most_likely(logits))
 
     def verify(self, tokens: Sequence[int]) -> None:
-        """Go on, the choices on the device."""
+        """Go on, the choices by the host."""
         logits, self._state = self._model.forward(tokens, self._state, consume=True)
         sampling.most_likely(logits)
 

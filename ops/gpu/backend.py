@@ -20,7 +20,7 @@ PLATFORMS = ("cuda", "rocm")
 # What `jax.export` has to be told: the text of a Triton call is not promised to hold across versions of jax.
 CUSTOM_CALL = "__gpu$xla.gpu.triton"
 
-# The GPU that programs for "elsewhere" are lowered for, where jax asks for one by name (from 0.11 on).
+# The GPU that programs for "elsewhere" are lowered for: jax 0.12 asks which, 0.10 does not.
 ELSEWHERE = {"device_kind": "NVIDIA H100", "num_cores": 132, "platform": "gpu"}
 
 _mode: contextvars.ContextVar[str] = contextvars.ContextVar("mode", default="compiled")
@@ -42,11 +42,8 @@ def mode(name: Literal["compiled", "interpreted", "elsewhere"]) -> Iterator[None
 
 
 def _described_gpu() -> contextlib.AbstractContextManager:
-    """What tells jax of a GPU that is not here; nothing, where it need not be told."""
-    describe = getattr(jax.sharding, "AbstractDevice", None)
-    if describe is None:
-        return contextlib.nullcontext()
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=describe(**ELSEWHERE))
+    """What tells jax of a GPU that is not here."""
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice(**ELSEWHERE))
     return jax.sharding.use_abstract_mesh(mesh)
 
 

@@ -83,7 +83,7 @@ def _places(taps: Sequence[Tap], ours: Dump) -> dict[str, int]:
 def _shows(tap: Tap, taps: Sequence[Tap], place: int) -> bool:
     """Whether the shared taps that follow diverge as they must where this one is wrong."""
     after = [t for t in taps[place:] if not t.alias][:_READ]
-    limit = max(_SHARE * min(1.0, tap.local.difference), 3e-7)
+    limit = max(_SHARE * min(1.0, tap.local.difference), 3e-7)  # some roundings of f32, at the least
     before = max((t.metrics.relative_l2 for t in taps[:place][-3:] if t.layer == tap.layer), default=0.0)
     return any(t.metrics.relative_l2 > max(limit, 2 * before) or t.metrics.not_finite[0] for t in after)
 
