@@ -92,6 +92,7 @@ def generate(
     steady: int = 0,
     stats: Stats | None = None,
     block: int | None = None,
+    positions: np.ndarray | None = None,
 ) -> Generator[int, None, None]:
     """Continue `tokens`, yielding ids until one of `stop` (not yielded), `max_tokens` or a full context.
 
@@ -99,9 +100,10 @@ def generate(
     tokens; None draws one. `stop` defaults to the tokenizer's `eos_ids`. With a `cache`, the part of the
     prompt that it knows is not computed again, and the states after the first `steady` tokens and at the end
     are kept in it. `block` tokens are made on the device between two looks at them (by default 1 on a CPU, and
-    BLOCK elsewhere, where a look costs more than it spares): the same tokens. Raises BadInput at once for an
-    empty prompt, one that the context cannot hold, an id outside the vocabulary or a number out of range; and
-    later if the logits are not numbers.
+    BLOCK elsewhere, where a look costs more than it spares): the same tokens. `positions` of a prompt with
+    images, (3 or 4, T) as `Model.forward` takes them; a cache does not look at them, so it cannot be had as
+    well. Raises BadInput at once for an empty prompt, one that the context cannot hold, an id outside the
+    vocabulary or a number out of range; and later if the logits are not numbers.
     """
     prompt = np.asarray(tokens).tolist()
     _check_prompt(model, prompt)
@@ -114,9 +116,11 @@ def generate(
         block = 1 if jax.default_backend() == "cpu" else BLOCK
     if block < 1:
         raise BadInput(f"block is {block}, expected 1 or more")
+    if positions is not None and cache is not None:
+        raise BadInput("positions: a cache knows a prompt by its tokens; expected one or the other")
     stats = Stats() if stats is None else stats
     stats.seed = hosts.agreed(secrets.randbits(32)) if seed is None else seed
-    run = _Run(model, prompt, jax.random.key(stats.seed), params, cache or StateCache(), stats)
+    run = _Run(model, prompt, positions, jax.random.key(stats.seed), params, cache or StateCache(), stats)
     stop = model.tokenizer.eos_ids if stop is None else stop
     return run.ids(max_tokens, frozenset(stop), min(steady, len(prompt) - 1), block)
 
@@ -136,10 +140,17 @@ class _Run:
     """One generation: what the model has seen, its state after that, and the logits of what comes next."""
 
     def __init__(
-        self, model: Model, prompt: list[int], key: Array, params: Sampling, cache: StateCache, stats: Stats
+        self,
+        model: Model,
+        prompt: list[int],
+        positions: np.ndarray | None,
+        key: Array,
+        params: Sampling,
+        cache: StateCache,
+        stats: Stats,
     ) -> None:
-        self.model, self.prompt, self.key, self.params = model, prompt, key, params
-        self.cache, self.stats = cache, stats
+        self.model, self.prompt, self.positions = model, prompt, positions
+        self.key, self.params, self.cache, self.stats = key, params, cache, stats
         self.seen: list[int] = []
         self.state: Any = None
 
@@ -175,13 +186,18 @@ class _Run:
         reused, self.state = self.cache.find(self.prompt)
         self.seen = self.prompt[:reused]
         if steady > reused:
-            self._advance(self.prompt[reused:steady], own=False)
+            self._read(steady)
             self.cache.keep("prompt", self.seen, self.state)
-        logits = self._advance(self.prompt[len(self.seen) :], own=False)
-        token = self._sample(logits, 0)
+        token = self._sample(self._read(len(self.prompt)), 0)
         self.stats.reused_tokens, self.stats.prompt_tokens = reused, len(self.prompt) - reused
         self.stats.prefill_s = time.perf_counter() - began
         return token
+
+    def _read(self, end: int) -> Array:
+        """The prompt from where we are to `end`; the logits after it."""
+        part = slice(len(self.seen), end)
+        positions = None if self.positions is None else np.asarray(self.positions)[..., part]
+        return self._advance(self.prompt[part], own=False, positions=positions)
 
     def _decode(self, token: int, step: int) -> int:
         began = time.perf_counter()
@@ -207,10 +223,10 @@ class _Run:
             self.stats.decode_s += time.perf_counter() - began
         return made
 
-    def _advance(self, tokens: list[int], *, own: bool) -> Array:
+    def _advance(self, tokens: list[int], *, own: bool, positions: np.ndarray | None = None) -> Array:
         """Put tokens through the model. `own`: nobody else holds the state, so its buffers may be reused."""
         state, self.state = self.state, None  # until the call is through there is no state to keep
-        logits, state = self.model.last_logits(tokens, state, consume=own)
+        logits, state = self.model.last_logits(tokens, state, consume=own, positions=positions)
         self.seen += tokens
         self.state = state
         return logits

@@ -81,10 +81,14 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """All that a batch of sequences remembers: a mixer state a layer, and tokens seen so far, int32 (B,)."""
+    """All that a batch of sequences remembers: a mixer state a layer; tokens seen so far, int32 (B,).
+
+    And `position` int32 (B,), where text would go on: the same number, until an image has been seen.
+    """
 
     blocks: tuple[Any, ...]
     length: Array
+    position: Array
 
 
 class Traced(NamedTuple):
@@ -153,7 +157,7 @@ def _last(hidden: Array, count: Array, before: Array) -> Array:
 def init_state(cfg: config.Config, batch: int, slots: int, kv_dtype: Any = jnp.float32) -> State:
     """The state of `batch` sequences before their first token, with room for `slots` tokens each."""
     blocks = tuple(MIXERS[type(b.mixer)].init_state(b.mixer, batch, slots, kv_dtype) for b in cfg.blocks)
-    return State(blocks, jnp.zeros(batch, jnp.int32))
+    return State(blocks, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
 def trunk(
@@ -187,7 +191,7 @@ def _has_layer_kernels(implementation: str) -> bool:
 
 
 def _run_trunk(weights, tokens, count, state, positions, hidden, cfg, tapped, implementation, step=run_block):
-    span = Span.text(state.length, count, tokens.shape[1])
+    span = Span.text(state.length, count, tokens.shape[1], state.position)
     if positions is not None:
         span = dataclasses.replace(span, positions=positions)
     x = embed(weights.token_embd, tokens)
@@ -201,7 +205,8 @@ def _run_trunk(weights, tokens, count, state, positions, hidden, cfg, tapped, im
         x, mixer_state, taps = step(w, x, mixer_state, span, block_cfg, tapped, implementation)
         states.append(mixer_state)
         seen.update((f"{cfg.tap_name(name)}-{i}", value) for name, value in taps.items())
-    return Traced(x, State(tuple(states), state.length + count), seen)
+    state = State(tuple(states), state.length + count, span.next_position(state.position))
+    return Traced(x, state, seen)
 
 
 # Blocks of a kind are still traced and lowered once: `run_block` is a function within the program.
@@ -332,17 +337,19 @@ class SpreadPrograms(Programs):
         spread = spread.prepared(implementation)
         self._cfg, self._implementation, self._spread = spread.config, implementation, spread
         self.weights = spread.weights
-        self._state = State(spread.state, sharding.WHOLE)
+        self._state = State(spread.state, sharding.WHOLE, sharding.WHOLE)
 
         whole, w, eps = sharding.WHOLE, spread.specs, self._cfg.layer_norm_rms_epsilon
 
-        def run(weights, tokens, count, state):
-            return _run_trunk(weights, tokens, count, state, None, None, self._cfg, False, implementation)
+        def run(weights, tokens, count, state, positions):
+            return _run_trunk(
+                weights, tokens, count, state, positions, None, self._cfg, False, implementation
+            )
 
         def logits(output_norm, output, hidden):
             return head(output_norm, output, hidden, eps, False, implementation)[0]
 
-        takes, gives = (w, whole, whole, self._state), Traced(whole, self._state, OrderedDict())
+        takes, gives = (w, whole, whole, self._state, whole), Traced(whole, self._state, OrderedDict())
         self._trunk = spread.program(run, takes, gives)
         self._trunk_in_place = spread.program(run, takes, gives, donate_argnums=3)
         self._head = spread.program(logits, (w.output_norm, w.output, whole), whole)
@@ -356,15 +363,11 @@ class SpreadPrograms(Programs):
         return self._init_state(batch, slots, kv_dtype)()
 
     def trunk(self, tokens: ArrayLike, count: ArrayLike, state: State, **options: Any) -> Traced:
-        """Of text alone, and nobody sees a device's share of an activation."""
+        """Nobody sees a device's share of an activation."""
         if options.get("tapped"):
             raise BadInput(f"taps: the model is spread over {self._spread.mesh.size} devices; expected one")
-        if options.get("positions") is not None:
-            raise BadInput(
-                f"positions: the model is spread over {self._spread.mesh.size} devices; expected one"
-            )
         run = self._trunk_in_place if options.get("in_place") else self._trunk
-        return run(self.weights, tokens, count, state)
+        return run(self.weights, tokens, count, state, options.get("positions"))
 
     def last_logits(
         self, tokens: ArrayLike, count: ArrayLike, state: State, before: ArrayLike, **options: Any
@@ -523,8 +526,8 @@ class Model:
 
         Rows past the end of a shorter sequence are undefined. With `consume` the buffers of `state` are reused,
         which spares a copy of the cache; it is gone after. `positions`, integers (3 or 4, T) or (3 or 4, B, T),
-        are each token's time, height and width, and perhaps a fourth component, where there is more than text:
-        text after an image is not at its place in the sequence either, so its calls say positions as well.
+        are each token's time, height and width, and perhaps a fourth component, where there is more than text
+        (`positions.with_images` makes them). Without them it is text, which goes on past all positions before it.
         """
         own = state is None or consume  # nobody else holds it: its buffers may be reused
         batch, state = self._enter(tokens, state, positions)
@@ -575,19 +578,26 @@ class Model:
         return norm.rms(jnp.asarray(hidden), self.config.layer_norm_rms_epsilon) * self.weights.output_norm
 
     def forward_mtp(
-        self, tokens: Any, hidden: ArrayLike, state: State | None = None, *, block: int = 0
+        self,
+        tokens: Any,
+        hidden: ArrayLike,
+        state: State | None = None,
+        *,
+        block: int = 0,
+        positions: Any = None,
     ) -> tuple[Array, Array, State]:
         """What prediction block number `block` makes of tokens and of the states before them (spec section 6).
 
         `hidden` f32 (T, D), or (B, T, D): of each token the `normed` hidden state of the one before it, zeros
         before a text's first. Logits (T, V) or (B, T, V) after each token, of the token after the next; the
         block's own normed hidden states (T, D) or (B, T, D), which a longer draft goes on from; and its state,
-        which is not the trunk's. Raises BadInput where the file has no such block, or `hidden` another shape.
+        which is not the trunk's. `positions` as in `forward`. Raises BadInput where the file has no such block, or
+        `hidden` another shape.
         """
         predictor = self._predictors[block] if 0 <= block < len(self._predictors) else None
         if predictor is None:
             raise BadInput(f"{self.gguf.path}: no prediction block {block}; it has {len(self._predictors)}")
-        batch, state = predictor._enter(tokens, state)
+        batch, state = predictor._enter(tokens, state, positions)
         before = jnp.asarray(hidden, jnp.float32)
         expected = (*batch.tokens.shape, self.config.embedding_length)[batch.single :]
         if before.shape != expected:

@@ -366,9 +366,7 @@ def forward(
     (`new_state-N`, `conv_state_last-N`). `positions` (4, T) are t, h, w, e of each token; text by default.
     """
     model = model if isinstance(model, Model) else load(model)
-    if positions is None:
-        text = np.arange(len(tokens))
-        positions = np.stack([text, text, text, 0 * text])
+    positions = _text(len(tokens)) if positions is None else positions
     eps, weights, family = model.key("attention.layer_norm_rms_epsilon"), model.weights, model.family
     tap = _Taps(start, family.taps)
 
@@ -382,6 +380,11 @@ def forward(
     logits = model.linear("output", x) if "output.weight" in weights else x @ embedding.T
     tap("result_output", logits)
     return logits[start:], dict(tap)
+
+
+def _text(count: int) -> np.ndarray:
+    """Positions (4, T) of plain text."""
+    return np.arange(count) * np.array([[1], [1], [1], [0]])
 
 
 def layer(model: Model, x: np.ndarray, positions: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
@@ -399,9 +402,15 @@ def layer(model: Model, x: np.ndarray, positions: np.ndarray, i: int, tap: _Taps
 
 
 def predict(
-    model: Model | str | os.PathLike[str], tokens: Sequence[int], hidden: np.ndarray
+    model: Model | str | os.PathLike[str],
+    tokens: Sequence[int],
+    hidden: np.ndarray,
+    positions: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The prediction block (section 6): tokens, and the normed state before each (T, D) -> logits, its states."""
+    """The prediction block (section 6): tokens, and the normed state before each (T, D) -> logits, its states.
+
+    `positions` as in `forward`.
+    """
     model = model if isinstance(model, Model) else load(model)
     i, eps = model.trunk_layers, model.key("attention.layer_norm_rms_epsilon")
     own = {
@@ -413,8 +422,7 @@ def predict(
     e = rms(embedding[np.asarray(tokens)], eps) * model.weights[own["enorm"]]
     f = rms(hidden, eps) * model.weights[own["hnorm"]]
     x = np.concatenate([e, f], axis=-1) @ model.weights[own["eh_proj"]].T
-    text = np.arange(len(tokens))
-    x = layer(model, x, np.stack([text, text, text, 0 * text]), i, _Taps(0, {}))
+    x = layer(model, x, _text(len(tokens)) if positions is None else positions, i, _Taps(0, {}))
     y = rms(x, eps) * model.weights[own.get("shared_head_norm", "output_norm.weight")]
     trunk_head = "output.weight" if "output.weight" in model.weights else "token_embd.weight"
     return y @ model.weights[own.get("shared_head_head", trunk_head)].T, y

@@ -63,6 +63,17 @@ def test_eight_devices_compute_what_one_does(name):
         compare_decoding(*pair)
 
 
+def test_positions_of_an_image_on_two_devices():
+    """A prompt with a square of 3 x 3 in it, and text after it."""
+    positions = np.concatenate([np.indices((1, 3, 3)).reshape(3, -1), np.full((3, 1), 3)], axis=1)
+    ids, after = models.tokens(SHAPES["qwen35"], 10), []
+    for mesh in (1, 2):
+        model = scarlet_jax.load(models.path(SHAPES["qwen35"]), mesh=mesh)
+        _, state = model.last_logits(ids, positions=positions)
+        after.append(model.last_logits([5], state)[0])
+    assert relative_l2(after[1], after[0]) < TOLERANCE
+
+
 def test_packed_weights_are_cut_between_blocks():
     compare(PACKED, "Q4_K_M", 2)
 
@@ -124,7 +135,7 @@ def test_no_weight_crosses_between_devices():
     programs = model.programs
     assert isinstance(programs, scarlet_jax.model.SpreadPrograms)
     tokens, count = np.zeros((1, 4), np.int32), np.array([4], np.int32)
-    trunk = collectives(programs._trunk, model.weights, tokens, count, model.init_state())
+    trunk = collectives(programs._trunk, model.weights, tokens, count, model.init_state(), None)
     assert trunk == [("all-reduce", 4 * shape.embedding_length)] * (1 + 2 * shape.block_count)
     hidden = np.zeros((1, shape.embedding_length), np.float32)
     head = collectives(programs._head, model.weights.output_norm, model.weights.output, hidden)

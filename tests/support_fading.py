@@ -30,7 +30,8 @@ class Fading:
         self.calls = []
         self.at_end = lambda: None
 
-    def last_logits(self, tokens, state: Any = None, *, consume=False):
+    def last_logits(self, tokens, state: Any = None, *, consume=False, positions=None):
+        assert positions is None  # it knows no images
         self.calls.append(list(tokens))
         memory = jnp.zeros(WIDTH) if state is None else state + 0
         for token in tokens:
