@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from scarlet_jax.config import Arch
-from scarlet_jax.configs import lfm2, llama, mamba2, qwen2, qwen3, qwen3moe, qwen3next, qwen35, qwen35moe
+from scarlet_jax.configs import (
+    falcon_h1,
+    lfm2,
+    llama,
+    mamba2,
+    qwen2,
+    qwen3,
+    qwen3moe,
+    qwen3next,
+    qwen35,
+    qwen35moe,
+)
 from scarlet_jax.errors import BadInput
 
 ARCHITECTURES: dict[str, Arch] = {
     module.ARCH.name: module.ARCH
-    for module in (qwen35, qwen35moe, qwen3next, qwen3, qwen3moe, qwen2, llama, lfm2, mamba2)
+    for module in (qwen35, qwen35moe, qwen3next, qwen3, qwen3moe, qwen2, llama, lfm2, mamba2, falcon_h1)
 }
 
 

@@ -12,7 +12,7 @@ def block(meta: Metadata, _i: int) -> Block:
     return Block(cfg, None, cfg.layer_norm_rms_epsilon)
 
 
-def mixer(meta: Metadata, name: str) -> Mamba2:
+def mixer(meta: Metadata, name: str, *, norm: bool = True) -> Mamba2:
     """The Mamba-2 mixers of an architecture."""
     sizes = ("conv_kernel", "inner_size", "state_size", "group_count", "time_step_rank")
     values = {size: meta.integer(f"{name}.ssm.{size}") for size in sizes}
@@ -27,7 +27,8 @@ def mixer(meta: Metadata, name: str) -> Mamba2:
         f"{name}.ssm.inner_size",
         f"a multiple of ssm.time_step_rank, {heads}",
     )
-    return Mamba2(**values, layer_norm_rms_epsilon=meta.number(f"{name}.attention.layer_norm_rms_epsilon"))
+    eps = meta.number(f"{name}.attention.layer_norm_rms_epsilon")
+    return Mamba2(**values, layer_norm_rms_epsilon=eps, norm=norm)
 
 
 ARCH = common.arch("mamba2", block)

@@ -103,7 +103,7 @@ class ShortConv:
 
 @dataclasses.dataclass(frozen=True)
 class Mamba2:
-    """Mamba-2: a short causal convolution, then a state space whose decay every token chooses, then a gated norm."""
+    """Mamba-2: a short causal convolution, then a state space whose decay every token chooses, then a gate."""
 
     conv_kernel: int
     inner_size: int  # all heads together
@@ -111,6 +111,7 @@ class Mamba2:
     group_count: int  # of heads that share what they write at and read from, and a norm
     time_step_rank: int  # heads
     layer_norm_rms_epsilon: float
+    norm: bool = True  # behind the gate
 
     @property
     def head_dim(self) -> int:
@@ -121,6 +122,14 @@ class Mamba2:
     def conv_channels(self) -> int:
         """Channels of the convolution: all heads, and where each group writes and reads."""
         return self.inner_size + 2 * self.group_count * self.state_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Attention and Mamba-2 on the same input, and the sum of both."""
+
+    attention: Attention
+    mamba2: Mamba2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +155,7 @@ class MoE:
 class Block:
     """One layer: a mixer over tokens, then a feed-forward network if there is one, each behind an RMS norm."""
 
-    mixer: Attention | DeltaNet | ShortConv | Mamba2
+    mixer: Attention | DeltaNet | ShortConv | Mamba2 | Parallel
     ffn: Dense | MoE | None
     layer_norm_rms_epsilon: float
 
@@ -197,6 +206,10 @@ class Metadata(Protocol):
 
     def table(self, tensor: str, length: int) -> tuple[float, ...]:
         """The `length` values of a small tensor, or () where the file has none of that name."""
+        ...
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the file has a tensor of that name."""
         ...
 
     def require(self, condition: bool, key: str, expected: str) -> None:

@@ -190,6 +190,10 @@ class Metadata(Mapping[str, Any]):
             raise BadInput(f"{self._source}: {tensor} is {what}, expected {length} F32 values above 0")
         return tuple(map(float, found.array()))
 
+    def has_tensor(self, name: str) -> bool:
+        """Whether the file has a tensor of that name."""
+        return name in self._tensors
+
     def require(self, condition: bool, key: str, expected: str) -> None:
         """Raise BadInput, saying what the key is and what was expected, unless `condition` holds."""
         self._require(condition, key, self._values.get(key), expected)

@@ -1,4 +1,4 @@
-"""Mamba-2: causal convolution, a state space that chooses what to keep, gated norm. Dao and Gu, 2024."""
+"""Mamba-2: causal convolution, a state space that chooses what to keep, a gate, a norm. Dao and Gu, 2024."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scarlet_jax.types import Array, Weight
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
     """Projections (out, in), the convolution's taps (C, W) and bias (C,), and what a head or a group has.
 
@@ -30,8 +30,8 @@ class Weights:
     ssm_dt_bias: Array
     ssm_a: Array
     ssm_d: Array
-    ssm_norm: Array
     ssm_out: Weight
+    ssm_norm: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +49,7 @@ FUSED: dict[str, tuple[str, ...]] = {}
 def shapes(cfg: config.Mamba2, width: int) -> dict[str, tuple[int, ...]]:
     """File tensor name -> shape, for model width D."""
     heads, groups = cfg.time_step_rank, cfg.group_count
+    norm = {"ssm_norm.weight": (groups, cfg.inner_size // groups)}
     return {
         "ssm_in.weight": (cfg.inner_size + cfg.conv_channels + heads, width),
         "ssm_conv1d.weight": (cfg.conv_channels, cfg.conv_kernel),
@@ -56,8 +57,8 @@ def shapes(cfg: config.Mamba2, width: int) -> dict[str, tuple[int, ...]]:
         "ssm_dt.bias": (heads,),
         "ssm_a": (heads, 1),
         "ssm_d": (heads, 1),
-        "ssm_norm.weight": (groups, cfg.inner_size // groups),
         "ssm_out.weight": (width, cfg.inner_size),
+        **(norm if cfg.norm else {}),
     }
 
 
@@ -82,7 +83,8 @@ def mix(w: Weights, x: Array, state: State, span: Span, *, cfg: config.Mamba2) -
     y, memory = scan(x, dt, w.ssm_a[:, 0], b, c, tap("ssm_state_before", state.memory))
     memory = tap("ssm_state_after", memory)
     y = tap("mamba2_y_add_d", y + x * w.ssm_d)
-    out = linear(_gated_norm(w, y, z, cfg), w.ssm_out)
+    gated = y.reshape(z.shape) * jax.nn.silu(z)
+    out = linear(gated if w.ssm_norm is None else _norm(gated, w.ssm_norm, cfg), w.ssm_out)
     return tap("mamba_out", out), State(history, memory)
 
 
@@ -104,9 +106,7 @@ def _split(channels: Array, cfg: config.Mamba2) -> tuple[Array, Array, Array]:
     return x, b, c
 
 
-def _gated_norm(w: Weights, y: Array, z: Array, cfg: config.Mamba2) -> Array:
-    """Gate y (B, T, H, P), then norm each group: (B, T, H P)."""
-    gated = y.reshape(z.shape) * jax.nn.silu(z)
-    groups = gated.reshape(*gated.shape[:-1], cfg.group_count, -1)
-    normed = tap("norm", norm.rms(groups, cfg.layer_norm_rms_epsilon)) * w.ssm_norm
-    return normed.reshape(z.shape)
+def _norm(x: Array, weight: Array, cfg: config.Mamba2) -> Array:
+    """Norm each group of x (B, T, H P)."""
+    groups = x.reshape(*x.shape[:-1], cfg.group_count, -1)
+    return (tap("norm", norm.rms(groups, cfg.layer_norm_rms_epsilon)) * weight).reshape(x.shape)

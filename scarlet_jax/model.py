@@ -23,7 +23,19 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from scarlet_jax import attention, config, delta_net, ffn, mamba2, moe, mtp, sampling, sharding, short_conv
+from scarlet_jax import (
+    attention,
+    config,
+    delta_net,
+    ffn,
+    mamba2,
+    moe,
+    mtp,
+    parallel,
+    sampling,
+    sharding,
+    short_conv,
+)
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import implementations, matmul, norm
 from scarlet_jax.span import Span
@@ -40,6 +52,7 @@ MIXERS: dict[type, Any] = {
     config.DeltaNet: delta_net,
     config.ShortConv: short_conv,
     config.Mamba2: mamba2,
+    config.Parallel: parallel,
 }
 # The module of each feed-forward network: its Weights, shapes and feed_forward.
 FEED_FORWARDS: dict[type, Any] = {config.Dense: ffn, config.MoE: moe}

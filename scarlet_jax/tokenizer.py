@@ -62,13 +62,16 @@ def _gpt4_words(letters: str, digits: str) -> str:
 
 
 _QWEN2 = PreTokenizer(_gpt4_words(r"\p{L}", r"\p{N}"))
+_LLAMA3 = PreTokenizer(_gpt4_words(r"\p{L}", r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
 
 # By the value of `tokenizer.ggml.pre`.
 PRE_TOKENIZERS = {
     "qwen35": PreTokenizer(_gpt4_words(r"\p{L}\p{M}", r"\p{N}")),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
-    "llama-bpe": PreTokenizer(_gpt4_words(r"\p{L}", r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True),
+    "llama-bpe": _LLAMA3,
+    "lfm2": _LLAMA3,
+    "falcon-h1": _LLAMA3,
     "gpt-2": PreTokenizer(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
 }
 

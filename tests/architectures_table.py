@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from scarlet_jax import configs, gguf
-from scarlet_jax.config import Attention, Config, DeltaNet, Mamba2, MoE, ShortConv
+from scarlet_jax.config import Attention, Config, DeltaNet, Mamba2, MoE, Parallel, ShortConv
 from scarlet_jax.errors import BadInput
 from scarlet_jax.tools import synth, synth_vocabulary
 
@@ -31,7 +31,8 @@ def row(name: str) -> str:
     """From the Config of its "tiny" model."""
     cfg = config(name, 0)
     mixers = [block.mixer for block in cfg.blocks]
-    rotations = [mixer.rope.kind for mixer in mixers if isinstance(mixer, Attention)]
+    parts = [mixer.attention if isinstance(mixer, Parallel) else mixer for mixer in mixers]
+    rotations = [part.rope.kind for part in parts if isinstance(part, Attention)]
     lines = len((ROOT / "configs" / f"{name.replace('-', '_')}.py").read_text().splitlines())
     cells = [
         f"`{name}`",
@@ -68,6 +69,8 @@ def mixer_words(mixer: object) -> str:
     """What a mixer is, sizes left out."""
     if isinstance(mixer, Attention):
         return ("gated " if mixer.gated else "") + "attention" + (" with head norms" * mixer.head_norm)
+    if isinstance(mixer, Parallel):
+        return f"{mixer_words(mixer.attention)} beside {mixer_words(mixer.mamba2)}"
     if isinstance(mixer, DeltaNet):
         return f"delta net (key heads: {mixer.head_mapping})"
     return {ShortConv: "gated short convolution", Mamba2: "Mamba-2"}[type(mixer)]

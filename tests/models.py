@@ -92,6 +92,17 @@ RECURRENT_SHAPES = {
         arch="mamba2", block_count=3, embedding_length=48, feed_forward_length=0, vocab_size=353, tied=False,
         conv_kernel=4, state_size=20, group_count=2, time_step_rank=6, ssm_head_length=16,
     ),
+    "falcon-h1": Shape(
+        arch="falcon-h1", block_count=3, embedding_length=80, feed_forward_length=112, vocab_size=349, tied=False,
+        head_count=6, head_count_kv=2, key_length=16, dimension_count=16, freq_base=1e4,
+        conv_kernel=4, state_size=20, group_count=2, time_step_rank=6, ssm_head_length=24, ssm_norm=False,
+    ),
+    "falcon-h1-norm": Shape(
+        arch="falcon-h1", block_count=2, embedding_length=72, feed_forward_length=96, vocab_size=367, tied=True,
+        head_count=3, head_count_kv=3, key_length=40, dimension_count=40, freq_base=1e11,
+        conv_kernel=3, state_size=32, group_count=1, time_step_rank=5, ssm_head_length=8,
+        layer_norm_rms_epsilon=1e-5,
+    ),
     "mamba2-tied": Shape(
         arch="mamba2", block_count=2, embedding_length=60, feed_forward_length=0, vocab_size=337, tied=True,
         conv_kernel=4, state_size=32, group_count=1, time_step_rank=5, ssm_head_length=24,
@@ -155,6 +166,10 @@ PACKABLE_RECURRENT = {
     ),
     "mamba2": dataclasses.replace(
         RECURRENT_SHAPES["mamba2"], block_count=2, embedding_length=256, time_step_rank=8, ssm_head_length=64,
+    ),
+    "falcon-h1": dataclasses.replace(
+        RECURRENT_SHAPES["falcon-h1"], block_count=2, embedding_length=256, feed_forward_length=512, head_count=4,
+        key_length=64, dimension_count=64, time_step_rank=8, ssm_head_length=64,
     ),
 }  # fmt: skip
 

@@ -72,14 +72,15 @@ class Family:
 
     rope: str  # which dims rotate together, and by which position
     gated: bool = False
-    ffn_norm: str = "ffn_norm"
+    ffn_norm: str = "ffn_norm.weight"
     grouped: bool = False  # delta net: the value heads of a key head follow each other
     taps: Mapping[str, str] = dataclasses.field(default_factory=dict)  # llama.cpp's names, where not qwen35's
     recurrent: str = "delta_net"  # what a layer without attention is
+    parallel: bool = False  # attention and the recurrent one in every layer, on the same input
     output_norm: str = "output_norm"
 
 
-QWEN35 = Family("imrope", gated=True, ffn_norm="post_attention_norm")
+QWEN35 = Family("imrope", gated=True, ffn_norm="post_attention_norm.weight")
 _PLAIN_TAPS = {
     "model.input_embed": "embd",
     "attn_pregate": "kqv_out",
@@ -94,7 +95,9 @@ _GROUPED_TAPS = {
     "beta": "b",
 }
 FAMILIES = {
-    "qwen3next": Family("neox", gated=True, ffn_norm="post_attention_norm", grouped=True, taps=_GROUPED_TAPS),
+    "qwen3next": Family(
+        "neox", gated=True, ffn_norm="post_attention_norm.weight", grouped=True, taps=_GROUPED_TAPS
+    ),
     "qwen3": Family("neox", taps=_PLAIN_TAPS),
     "qwen3moe": Family("neox", taps=_PLAIN_TAPS),
     "qwen2": Family("neox", taps=_PLAIN_TAPS),
@@ -116,6 +119,20 @@ FAMILIES = {
         output_norm="token_embd_norm",
     ),
     "mamba2": Family("none", taps=_PLAIN_TAPS, recurrent="mamba2"),
+    "falcon-h1": Family(
+        "neox",
+        ffn_norm="ffn_norm",
+        taps=_PLAIN_TAPS
+        | {name: f"{name}-post-rope" for name in ("Qcur", "Kcur", "Vcur")}
+        | {
+            "Qcur_reshaped": "Qcur",
+            "attn_output": "attn_out",
+            "ssm_in": "ssm_in_proj",
+            "mamba_out": "ssm_out",
+        },
+        recurrent="mamba2",
+        parallel=True,
+    ),
     "llama": Family("norm", taps=_PLAIN_TAPS | {"attn_output": "attn_out"}),
 }
 
@@ -391,14 +408,21 @@ def layer(model: Model, x: np.ndarray, positions: np.ndarray, i: int, tap: _Taps
     """One layer on the residual stream (T, D)."""
     eps, weights = model.key("attention.layer_norm_rms_epsilon"), model.weights
     h = tap(f"attn_norm-{i}", rms(x, eps) * weights[f"blk.{i}.attn_norm.weight"])
-    recurrent = RECURRENT[model.family.recurrent]
-    x = x + (recurrent(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap))
+    x = x + mixer(model, h, positions, i, tap)
     if not (model.key("feed_forward_length", 0, layer=i) or model.key("expert_count", 0)):
         return tap(f"l_out-{i}", x)
     x = tap(f"attn_residual-{i}", x)
     normed = tap(f"norm-{i}", rms(x, eps))
-    h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.{model.family.ffn_norm}.weight"])
+    h = tap(f"attn_post_norm-{i}", normed * weights[f"blk.{i}.{model.family.ffn_norm}"])
     return tap(f"l_out-{i}", x + (moe if model.key("expert_count", 0) else ffn)(model, h, i, tap))
+
+
+def mixer(model: Model, h: np.ndarray, positions: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
+    """What a layer has before its network: h (T, D) -> (T, D)."""
+    recurrent = RECURRENT[model.family.recurrent]
+    if model.family.parallel:
+        return tap(f"layer_out-{i}", attention(model, h, positions, i, tap) + recurrent(model, h, i, tap))
+    return recurrent(model, h, i, tap) if model.is_recurrent(i) else attention(model, h, positions, i, tap)
 
 
 def predict(
@@ -693,8 +717,10 @@ def mamba2(model: Model, h: np.ndarray, i: int, tap: _Taps) -> np.ndarray:
     tap.state(f"memory-{i}", memory)
     y = tap(f"mamba2_y_add_d-{i}", y + weights[f"{prefix}d"] * x)
     eps = model.key("attention.layer_norm_rms_epsilon")
-    normed = tap(f"norm-{i}", rms((y.reshape(T, inner) * silu(z)).reshape(T, G, inner // G), eps))
-    out = (normed * weights[f"{prefix}norm.weight"]).reshape(T, inner)
+    out = y.reshape(T, inner) * silu(z)
+    if f"{prefix}norm.weight" in weights:
+        normed = tap(f"norm-{i}", rms(out.reshape(T, G, inner // G), eps))
+        out = (normed * weights[f"{prefix}norm.weight"]).reshape(T, inner)
     return tap(f"mamba_out-{i}", model.linear(f"{prefix}out", out))
 
 

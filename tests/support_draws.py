@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scarlet_jax.tools.synth import Shape
 
 HYBRID = ("qwen35", "qwen35moe", "qwen3next")
-ARCHITECTURES = (*HYBRID, "qwen3", "qwen3moe", "qwen2", "llama", "lfm2", "mamba2")
+ARCHITECTURES = (*HYBRID, "qwen3", "qwen3moe", "qwen2", "llama", "lfm2", "mamba2", "falcon-h1")
+_WITH_MEMORY = ("lfm2", "mamba2", "falcon-h1")
 _ATTENTION_ROLES = ("attn_q", "attn_k", "attn_v", "attn_output")
 _BIASES = {
     "qwen2": _ATTENTION_ROLES[:3],
@@ -34,7 +35,7 @@ def shapes(draw: st.DrawFn, archs: tuple[str, ...] = ARCHITECTURES) -> Shape:
         "tied": draw(st.booleans()),
     }
     sizes |= {} if arch == "mamba2" else draw(_attention(arch))
-    sizes |= draw(_recurrent(arch, layers)) if arch in (*HYBRID, "lfm2", "mamba2") else {}
+    sizes |= draw(_recurrent(arch, layers)) if arch in (*HYBRID, *_WITH_MEMORY) else {}
     if arch in ("qwen2", "lfm2"):  # llama.cpp has no other width for their heads together
         sizes["embedding_length"] = sizes["head_count"] * sizes["key_length"]
     return Shape(**(sizes | draw(_network(arch))))
@@ -112,7 +113,8 @@ def _recurrent(draw: st.DrawFn, arch: str, layers: int) -> dict:
         "state_size": draw(st.integers(3, 48)),
         "group_count": groups,
         "time_step_rank": groups * draw(st.sampled_from([3, 2, 1, 4])),
-        "ssm_head_length": draw(st.integers(2, 24)) if arch == "mamba2" else 0,
+        "ssm_head_length": draw(st.integers(2, 24)) if arch in ("mamba2", "falcon-h1") else 0,
+        "ssm_norm": arch != "falcon-h1" or draw(st.booleans()),
         "legacy_ssm_in": arch == "qwen3next" and draw(st.booleans()),
     }
 

@@ -1,4 +1,4 @@
-"""transformers' own LFM2 and Mamba-2 of a GGUF, its weights put back: a check that shares no code of ours."""
+"""transformers' own LFM2, Mamba-2, Falcon-H1 of a GGUF, its weights put back: a check that shares no code of ours."""
 
 import numpy as np
 import oracle
@@ -33,6 +33,22 @@ _MAMBA2 = {
     "mixer.out_proj.weight": "ssm_out.weight",
 }
 
+_FALCON_H1 = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "pre_ff_layernorm.weight": "ffn_norm",
+    **{f"self_attn.{part}_proj.weight": f"attn_{part}.weight" for part in "qkv"},
+    "self_attn.o_proj.weight": "attn_output.weight",
+    **{f"feed_forward.{part}_proj.weight": f"ffn_{part}.weight" for part in ("gate", "up", "down")},
+    **{theirs.replace("mixer", "mamba"): ours for theirs, ours in _MAMBA2.items() if "mixer" in theirs},
+}
+
+# Falcon-H1's scales, none of which is 1: the file's weights are transformers' multiplied by them.
+_SCALES = {
+    **{"attention_in_multiplier": 1.25, "attention_out_multiplier": 0.75, "key_multiplier": 0.5},
+    **{"ssm_in_multiplier": 1.5, "ssm_out_multiplier": 0.8, "mlp_multipliers": [0.6, 1.6]},
+    **{"ssm_multipliers": [0.9, 1.1, 0.7, 1.3, 0.4], "embedding_multiplier": 3.0, "lm_head_multiplier": 0.2},
+}
+
 
 def logits(path, ids):
     """f32 (T, V), in float32, with eager attention."""
@@ -41,7 +57,8 @@ def logits(path, ids):
     source = oracle.load(path)
     net, parameters = _MAKERS[source.metadata["general.architecture"]](source)
     if "output.weight" in source.weights:
-        parameters["lm_head.weight"] = source.weights["output.weight"]
+        scale = getattr(net.config, "lm_head_multiplier", 1)
+        parameters["lm_head.weight"] = source.weights["output.weight"] / scale
     weights = {name: torch.tensor(array, dtype=torch.float32) for name, array in parameters.items()}
     missing, unexpected = net.load_state_dict(weights, strict=False)
     assert not unexpected
@@ -106,13 +123,71 @@ def _mamba2(source):
         "backbone.norm_f.weight": source.weights["output_norm.weight"],
     }
     for i in range(config.num_hidden_layers):
-        here = {name: source.weights[f"blk.{i}.{name}"] for name in _MAMBA2.values()}
-        here["ssm_conv1d.weight"] = here["ssm_conv1d.weight"][:, None]
-        here["ssm_a"] = np.log(-here["ssm_a"][:, 0])
-        here["ssm_d"] = here["ssm_d"][:, 0]
-        here["ssm_norm.weight"] = here["ssm_norm.weight"].ravel()
-        parameters |= {f"backbone.layers.{i}.{theirs}": here[ours] for theirs, ours in _MAMBA2.items()}
+        for theirs, ours in _MAMBA2.items():
+            array = _as_mamba2(ours, source.weights[f"blk.{i}.{ours}"])
+            parameters[f"backbone.layers.{i}.{theirs}"] = array
     return transformers.Mamba2ForCausalLM(config), parameters
 
 
-_MAKERS = {"lfm2": _lfm2, "mamba2": _mamba2}
+def _falcon_h1(source):
+    import transformers
+
+    heads, inner = source.key("ssm.time_step_rank"), source.key("ssm.inner_size")
+    groups, state = source.key("ssm.group_count"), source.key("ssm.state_size")
+    config = transformers.FalconH1Config(
+        vocab_size=len(source.weights["token_embd.weight"]),
+        hidden_size=source.key("embedding_length"),
+        intermediate_size=source.key("feed_forward_length"),
+        num_hidden_layers=source.key("block_count"),
+        num_attention_heads=source.key("attention.head_count"),
+        num_key_value_heads=source.key("attention.head_count_kv"),
+        head_dim=source.key("attention.key_length"),
+        rms_norm_eps=source.key("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": source.key("rope.freq_base")},
+        mamba_d_ssm=inner,
+        mamba_n_heads=heads,
+        mamba_d_head=inner // heads,
+        mamba_n_groups=groups,
+        mamba_d_state=state,
+        mamba_d_conv=source.key("ssm.conv_kernel"),
+        mamba_chunk_size=16,
+        mamba_rms_norm="blk.0.ssm_norm.weight" in source.weights,
+        mamba_norm_before_gate=False,
+        tie_word_embeddings="output.weight" not in source.weights,
+        attn_implementation="eager",
+        **_SCALES,
+    )
+    if config.tie_word_embeddings:  # one weight of two scales: the file's is that of both
+        config.lm_head_multiplier = config.embedding_multiplier
+    parameters = {
+        "model.embed_tokens.weight": source.weights["token_embd.weight"] / config.embedding_multiplier,
+        "model.final_layernorm.weight": source.weights["output_norm.weight"],
+    }
+    parts = np.repeat(config.ssm_multipliers, [inner, inner, groups * state, groups * state, heads])
+    divisors = {
+        **{f"attn_{part}.weight": config.attention_in_multiplier for part in "qv"},
+        "attn_k.weight": config.attention_in_multiplier * config.key_multiplier,
+        "attn_output.weight": config.attention_out_multiplier,
+        "ssm_in.weight": config.ssm_in_multiplier * parts[:, None],
+        "ssm_out.weight": config.ssm_out_multiplier,
+        "ffn_gate.weight": config.mlp_multipliers[0],
+        "ffn_down.weight": config.mlp_multipliers[1],
+    }
+    for i in range(config.num_hidden_layers):
+        for theirs, ours in _FALCON_H1.items():
+            if (array := source.weights.get(f"blk.{i}.{ours}")) is not None:
+                name = f"model.layers.{i}.{theirs}"
+                parameters[name] = _as_mamba2(ours, array) / divisors.get(ours, 1)
+    return transformers.FalconH1ForCausalLM(config), parameters
+
+
+def _as_mamba2(name, array):
+    """A tensor of a state space as transformers holds it."""
+    if name == "ssm_a":
+        return np.log(-array[:, 0])
+    if name == "ssm_conv1d.weight":
+        return array[:, None]
+    return array.ravel() if name in ("ssm_d", "ssm_norm.weight") else array
+
+
+_MAKERS = {"lfm2": _lfm2, "mamba2": _mamba2, "falcon-h1": _falcon_h1}

@@ -72,7 +72,8 @@ def test_no_top_level_folder_is_imported_bare(path):
 
 def test_no_layer_knows_an_architecture():
     """Architectures are data: their names occur in configs/ alone (and in the tools that make models)."""
-    names = [path.stem for path in ROOT.glob("configs/*.py") if path.stem != "__init__"]
+    stems = [path.stem for path in ROOT.glob("configs/*.py") if path.stem != "__init__"]
+    names = {*stems, *(stem.replace("_", "-") for stem in stems)}
     engine = [
         path for path in ROOT.glob("scarlet_jax/*.py") if path.stem != "tokenizer"
     ]  # pre-tokenisers share names

@@ -107,7 +107,7 @@ def transformers_logits(shape):
         return transformers.logits
     if shape.arch in ("qwen35moe", "qwen3next"):
         return hybrid_logits
-    recurrent = shape.arch in ("lfm2", "mamba2")
+    recurrent = shape.arch in ("lfm2", "mamba2", "falcon-h1")
     return support_transformers_recurrent.logits if recurrent else decoder_logits
 
 

@@ -1,4 +1,4 @@
-"""Mixers with a memory of fixed size (lfm2, mamba2) against float64, llama.cpp and transformers."""
+"""Mixers with a memory of fixed size (lfm2, mamba2, falcon-h1) against float64, llama.cpp and transformers."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def test_every_tap_and_logit(shape, count):
     logits, truth = oracle.forward(path(shape), ids)
     ours, state, taps = model(shape).forward_with_taps(ids)
     theirs = llama_cpp.taps(path(shape), ids)[0]
-    untapped = {f"Kcur-{i}" for i in range(shape.block_count) if not shape.is_recurrent(i)}  # the projection
+    untapped = {f"{name}-{i}" for name in UNTAPPED[shape.arch] for i in range(shape.block_count)}
     for reference in (truth, theirs):
         named = {name: x for name, x in reference.items() if name not in untapped}
         assert_taps_agree(taps, {name: x for name, x in named.items() if not name.startswith(STATES)})
@@ -37,11 +37,13 @@ def test_every_tap_and_logit(shape, count):
 
 
 STATES = ("history-", "memory-")
+# What llama.cpp calls projections before they are heads, or rotated; and an input that it shows once more.
+UNTAPPED = {"lfm2": ("Kcur",), "mamba2": (), "falcon-h1": ("Kcur", "Vcur", "ssm_in")}
 
 
 def assert_state_is(state, truth):
     """What each layer remembers."""
-    for i, block in enumerate(state.blocks):
+    for i, block in enumerate(getattr(block, "mamba2", block) for block in state.blocks):
         for name in (field.name for field in dataclasses.fields(block)):
             if (expected := truth.get(f"{name.replace('conv', 'history')}-{i}")) is not None:
                 assert relative_l2(getattr(block, name)[0], expected) < TOLERANCE
@@ -106,7 +108,7 @@ def test_packed_weights_against_float64(shape, quant):
 
 
 def fault(name, shape):
-    """The model with one thing wrong in its first recurrent layer."""
+    """The model with one thing wrong in its first layer with a memory."""
     ours = scarlet_jax.load(path(shape))
     i = next(i for i in range(shape.block_count) if shape.is_recurrent(i))
     blocks = list(ours.weights.blocks)
@@ -121,6 +123,8 @@ def fault(name, shape):
         "rates of other heads": lambda: {"ssm_a": w.ssm_a[::-1]},
         "inputs not added": lambda: {"ssm_d": 0 * w.ssm_d},
         "norms of other groups": lambda: {"ssm_norm": w.ssm_norm[::-1]},
+        "no attention": lambda: {"attn_output": 0 * w.attn_output},
+        "no state space": lambda: {"ssm_out": 0 * w.ssm_out},
     }[name]()
     blocks[i] = dataclasses.replace(blocks[i], mixer=dataclasses.replace(w, **wrong))
     ours = changed(ours, weights=dataclasses.replace(ours.weights, blocks=tuple(blocks)))
@@ -133,7 +137,11 @@ _OF_MAMBA2 += ("inputs not added", "norms of other groups")
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("gates swapped", "lfm2"), ("taps reversed", "lfm2"), *((name, "mamba2") for name in _OF_MAMBA2)],
+    [
+        *(("gates swapped", "lfm2"), ("taps reversed", "lfm2")),
+        *(("no attention", "falcon-h1"), ("no state space", "falcon-h1")),
+        *((name, "mamba2") for name in _OF_MAMBA2),
+    ],
 )
 def test_a_fault_is_seen(name, shape):
     shape = RECURRENT_SHAPES[shape]
@@ -152,6 +160,8 @@ def test_a_fault_is_seen(name, shape):
         ("mamba2", "ssm.group_count", 4, "a multiple of ssm.group_count, 4"),
         ("mamba2", "ssm.inner_size", 97, "a multiple of ssm.time_step_rank, 6"),
         ("mamba2", "ssm.conv_kernel", 0, "1 or more"),
+        ("falcon-h1", "ssm.group_count", 4, "a multiple of ssm.group_count, 4"),
+        ("falcon-h1", "attention.scale", 0.1, "attention scales other than"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(arch, key, value, expected):
@@ -161,13 +171,15 @@ def test_what_cannot_be_is_refused_by_name(arch, key, value, expected):
         configs.find(arch).config(claims)
 
 
-@pytest.mark.parametrize(("arch", "kind"), [("lfm2", "ShortConv"), ("mamba2", "Mamba2")])
+@pytest.mark.parametrize(
+    ("arch", "kind"), [("lfm2", "ShortConv"), ("mamba2", "Mamba2"), ("falcon-h1", "Parallel")]
+)
 def test_a_mesh_is_refused_by_the_layer_s_name(arch, kind):
     with pytest.raises(BadInput, match=f"{arch} has layers that cannot be spread: {kind}$"):
         scarlet_jax.load(path(RECURRENT_SHAPES[arch]), mesh=sharding.mesh_of(1))
 
 
-@pytest.mark.parametrize("arch", ["lfm2", "mamba2"])
+@pytest.mark.parametrize("arch", ["lfm2", "mamba2", "falcon-h1"])
 def test_the_tools_take_what_they_have_no_formulas_for(arch, tmp_path, capsys):
     """Dumps of both engines, a comparison of them, and what the file holds."""
     file, ids = str(path(RECURRENT_SHAPES[arch])), "5,300,17,17,4,99,280,33"

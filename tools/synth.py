@@ -46,9 +46,9 @@ class Shape:
     feed-forward networks are mixtures of experts, with a shared one if that has a size;
     `own_head` gives a prediction block its own embedding and head, and no norm before the head.
     `fused_gate_up` stores the experts' gate and up as one tensor. `legacy_ssm_in` stores a qwen3next delta
-    net's queries, keys, values and gate as one. `biases` are the roles that have one;
-    `freq_factors` adds the table that divides llama's rotary frequencies; `rope_scaling` are keys under
-    `rope.scaling` and their values.
+    net's queries, keys, values and gate as one. `ssm_norm` is Mamba-2's, which falcon-h1 may do without.
+    `biases` are the roles that have one; `freq_factors` adds the table that divides llama's rotary
+    frequencies; `rope_scaling` are keys under `rope.scaling` and their values.
     """
 
     arch: str = "qwen35"
@@ -71,6 +71,7 @@ class Shape:
     group_count: int = 2
     time_step_rank: int = 6
     ssm_head_length: int = 0
+    ssm_norm: bool = True
     nextn_predict_layers: int = 0
     own_head: bool = False
     tied: bool = True
@@ -159,6 +160,14 @@ SIZES = {
     ("lfm2", "tiny"): Shape(arch="lfm2", head_count=4, dimension_count=64, full_attention_interval=3),
     ("mamba2", "tiny"): Shape(
         arch="mamba2", feed_forward_length=0, state_size=64, time_step_rank=8, ssm_head_length=64
+    ),
+    ("falcon-h1", "tiny"): Shape(
+        arch="falcon-h1",
+        dimension_count=64,
+        state_size=64,
+        time_step_rank=8,
+        ssm_head_length=64,
+        ssm_norm=False,
     ),
     ("qwen35moe", "tiny"): _with_experts(Shape(), 16, 4, 256),
     ("qwen3next", "tiny"): _with_experts(Shape(), 16, 4, 256, arch="qwen3next"),
@@ -443,7 +452,7 @@ def _short_conv(s: Shape, out_gain: float) -> Stems:
     }
 
 
-def _mamba2(s: Shape, out_gain: float) -> Stems:
+def _mamba2(s: Shape, _i: int, out_gain: float) -> Stems:
     width, heads, groups, inner = s.embedding_length, s.time_step_rank, s.group_count, s.inner_size
     channels = inner + 2 * groups * s.state_size
     return {
@@ -453,7 +462,7 @@ def _mamba2(s: Shape, out_gain: float) -> Stems:
         "ssm_dt.bias": ((heads,), _time_step_bias),
         "ssm_a": ((heads, 1), _decay),
         "ssm_d": ((heads, 1), _around(1.0)),
-        "ssm_norm.weight": ((groups, inner // groups), _around(1.0)),
+        **({"ssm_norm.weight": ((groups, inner // groups), _around(1.0))} if s.ssm_norm else {}),
         "ssm_out.weight": ((width, inner), _matrix(out_gain)),
     }
 
@@ -469,8 +478,12 @@ def _lfm2_layer(s: Shape, i: int, out_gain: float) -> Stems:
     return _short_conv(s, out_gain) if s.is_recurrent(i) else _plain_attention(s, out_gain, head_norm=True)
 
 
+def _parallel(s: Shape, i: int, out_gain: float) -> Stems:
+    return _plain_attention(s, out_gain, head_norm=False) | _mamba2(s, i, out_gain)
+
+
 def _decoder_tensors(
-    s: Shape, mixer: Mixer, output_norm: str = "output_norm"
+    s: Shape, mixer: Mixer, output_norm: str = "output_norm", ffn_norm: str = "ffn_norm.weight"
 ) -> Iterator[tuple[str, tuple[int, ...], Draw]]:
     """A mixer in every layer, and a dense network or a mixture of experts where it has a size."""
     width = s.embedding_length
@@ -481,9 +494,8 @@ def _decoder_tensors(
     for i in range(s.block_count):
         ffn = _moe_ffn(s, out_gain) if s.expert_count else _dense_ffn(s, out_gain)
         ffn = ffn if s.expert_count or s.feed_forward_length else {}
-        norms = {
-            f"{stem}.weight": ((width,), _around(1.0)) for stem in ("attn_norm", "ffn_norm")[: 1 + bool(ffn)]
-        }
+        names = ("attn_norm.weight", ffn_norm) if ffn else ("attn_norm.weight",)
+        norms = {name: ((width,), _around(1.0)) for name in names}
         layer = mixer(s, i, out_gain) | ffn
         for stem, (shape, draw) in (norms | _with_biases(s, layer)).items():
             yield f"blk.{i}.{stem}", shape, draw
@@ -523,9 +535,12 @@ def _mamba2_metadata(s: Shape) -> dict[str, Any]:
         "attention.head_count": 0,
         "attention.layer_norm_rms_epsilon": s.layer_norm_rms_epsilon,
     }
+    return {f"{s.arch}.{key}": value for key, value in keys.items()} | _ssm_metadata(s)
+
+
+def _ssm_metadata(s: Shape) -> dict[str, Any]:
     sizes = ("conv_kernel", "inner_size", "state_size", "group_count", "time_step_rank")
-    ssm = {f"ssm.{size}": getattr(s, size) for size in sizes}
-    return {f"{s.arch}.{key}": value for key, value in (keys | ssm).items()}
+    return {f"{s.arch}.ssm.{size}": getattr(s, size) for size in sizes}
 
 
 def _lfm2_metadata(s: Shape) -> dict[str, Any]:
@@ -542,10 +557,12 @@ ARCHS = {
     "qwen3moe": _decoder(head_norm=True),
     "qwen2": _decoder(head_norm=False),
     "llama": _decoder(head_norm=False),
-    "mamba2": Arch(
-        _mamba2_metadata, lambda s: _decoder_tensors(s, lambda s, _i, out_gain: _mamba2(s, out_gain))
-    ),
+    "mamba2": Arch(_mamba2_metadata, lambda s: _decoder_tensors(s, _mamba2)),
     "lfm2": Arch(_lfm2_metadata, lambda s: _decoder_tensors(s, _lfm2_layer, "token_embd_norm")),
+    "falcon-h1": Arch(
+        lambda s: _decoder_metadata(s) | _ssm_metadata(s),
+        lambda s: _decoder_tensors(s, _parallel, ffn_norm="ffn_norm"),
+    ),
 }
 
 

@@ -147,11 +147,19 @@ LFM2 = {f"model.layers.{{}}.{theirs}-{{}}": f"{ours}-{{}}" for theirs, ours in _
     **{f"{head}-{{}}": f"{head}_projected-{{}}" for head in ("Qcur", "Kcur")},
     **{f"{head}_rope-{{}}": f"{head}-{{}}" for head in ("Qcur", "Kcur")},
 }
+# llama.cpp's falcon-h1: `Qcur` and its like are the projections too, and `ssm_in` is the input once more.
+FALCON_H1 = {
+    **{f"{head}-{{}}": f"{head}_projected-{{}}" for head in ("Qcur", "Kcur", "Vcur")},
+    **{f"{head}-post-rope-{{}}": f"{head}-{{}}" for head in ("Qcur", "Kcur", "Vcur")},
+    **{"attn_out-{}": "attn_output-{}", "ssm_out-{}": "mamba_out-{}"},
+}
 
 
 def _built_in(dump: Dump) -> dict[str, str]:
     if any(name.startswith("model.layers.{}") for name in dump):
         return LLAMA | LFM2
+    if any(name.startswith("Qcur-post-rope-") for name in dump):
+        return LLAMA | FALCON_H1
     modules = any(re.search(r"layers\.\d+", name) for name in dump)
     if modules:
         return dict(TRANSFORMERS)
