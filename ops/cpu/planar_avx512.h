@@ -737,7 +737,7 @@ static void multiply_one(const Product& p) {
 // same additions in the same order.
 template <int M>
 static constexpr int64_t kStretch = 28 * 1024 / (M * kPrepared * 4);
-constexpr int kGroup = 16;
+constexpr int kGroup = 16, kRowsAhead = 4;  // and how many rows ahead weights are asked for
 
 template <class B, class T, int M>
 static void multiply_group(const Product& p, int64_t row, int64_t rows) {
@@ -753,7 +753,7 @@ static void multiply_group(const Product& p, int64_t row, int64_t rows) {
       for (int m = 0; m < M; m++) x[m] = p.x[nth(m)] + from * kPrepared;
       Sums<1, M> own = sums[r];
       for (int64_t i = from; i < end; i++) {
-        prefetch_block<T>(w[0] + stride);
+        prefetch_block<T>(w[0] + kRowsAhead * stride);
         dot_blocks<T>(w, x, own);
         w[0] += T::kBytes;
         SCARLET_UNROLL for (int m = 0; m < M; m++) x[m] += kPrepared;

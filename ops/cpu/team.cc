@@ -72,15 +72,49 @@ float* own_scratch(size_t floats) {
   return scratch.of_size(floats);
 }
 
+// The tasks that one thread begins with: numbers from `next` up to `end`, in one word. Its own thread takes them
+// in order, which for rows of weights means reading on where it is; one that has run out of its own takes the
+// last, which is furthest from there.
+class alignas(64) Share {
+ public:
+  void set(int64_t next, int64_t end) { word_.store(pack(next, end), std::memory_order_relaxed); }
+
+  int64_t take_first() {
+    return take([](uint32_t& next, uint32_t&) { return next++; });
+  }
+  int64_t take_last() {
+    return take([](uint32_t&, uint32_t& end) { return --end; });
+  }
+
+ private:
+  static uint64_t pack(uint64_t next, uint64_t end) { return next << 32 | end; }
+
+  template <class Choose>
+  int64_t take(Choose choose) {  // the task's number; -1 if none is left
+    uint64_t word = word_.load(std::memory_order_relaxed);
+    for (;;) {
+      uint32_t next = static_cast<uint32_t>(word >> 32), end = static_cast<uint32_t>(word);
+      if (next >= end) return -1;
+      const uint32_t task = choose(next, end);
+      if (word_.compare_exchange_weak(word, pack(next, end), std::memory_order_relaxed)) return task;
+    }
+  }
+
+  std::atomic<uint64_t> word_{0};
+};
+
 struct Call {
   const Task* task;
-  int64_t count;
   size_t scratch_floats;
-  std::atomic<int64_t> next{0};
+  Share* shares;
+  int threads;
 
-  void work() {
+  void work(int thread) {
     float* scratch = scratch_floats ? own_scratch(scratch_floats) : nullptr;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*task)(i, scratch);
+    for (int64_t i; (i = shares[thread].take_first()) >= 0;) (*task)(i, scratch);
+    for (int other = (thread + 1) % threads; other != thread; other = (other + 1) % threads) {
+      for (int64_t i; (i = shares[other].take_last()) >= 0;) (*task)(i, scratch);
+    }
   }
 };
 
@@ -88,8 +122,8 @@ struct Call {
 // are within it. A helper enters by a compare-and-swap on that word, and so never after it has closed.
 class Team {
  public:
-  explicit Team(int helpers) {
-    for (int i = 0; i < helpers; i++) helpers_.emplace_back([this] { help(); });
+  explicit Team(int threads) : shares_(threads) {
+    for (int i = 1; i < threads; i++) helpers_.emplace_back([this, i] { help(i); });
   }
   ~Team() {
     {
@@ -99,17 +133,19 @@ class Team {
     awake_.notify_all();
     for (std::thread& helper : helpers_) helper.join();
   }
-  int threads() const { return static_cast<int>(helpers_.size()) + 1; }
+  int threads() const { return static_cast<int>(shares_.size()); }
 
-  void run(Call& call) {
-    call_ = &call;
+  void run(int64_t count, size_t scratch_floats, const Task& task) {
+    const int n = threads();
+    for (int i = 0; i < n; i++) shares_[i].set(count * i / n, count * (i + 1) / n);
+    call_ = {&task, scratch_floats, shares_.data(), n};
     const uint64_t number = (state_.load(std::memory_order_relaxed) / kCall + 1) * kCall;
     state_.store(number | kOpen, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       awake_.notify_all();
     }
-    call.work();
+    call_.work(0);
     state_.fetch_and(~kOpen, std::memory_order_acq_rel);
     while (state_.load(std::memory_order_acquire) != number) pause();  // helpers within are finishing
   }
@@ -117,7 +153,7 @@ class Team {
  private:
   static constexpr uint64_t kHelper = 1, kOpen = 1 << 15, kCall = 1 << 16;
 
-  void help() {
+  void help(int thread) {
     const KeepSubnormals guard;
     uint64_t done = 0;
     while (wait_for_call(done)) {
@@ -125,7 +161,7 @@ class Team {
       while ((state & kOpen) && state / kCall != done) {
         if (!state_.compare_exchange_weak(state, state + kHelper, std::memory_order_acq_rel)) continue;
         done = state / kCall;
-        call_->work();
+        call_.work(thread);
         state_.fetch_sub(kHelper, std::memory_order_acq_rel);
         break;
       }
@@ -155,7 +191,8 @@ class Team {
   }
 
   std::atomic<uint64_t> state_{0};
-  Call* call_ = nullptr;  // written while no call is open
+  std::vector<Share> shares_;  // one a thread; they and the call are written while none is open
+  Call call_{};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stopping_{false};
   std::mutex sleep_;
@@ -184,7 +221,7 @@ Team& team_of(Owner& o) {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_team);
     (void)registered;
 #endif
-    o.team = new Team(n - 1);
+    o.team = new Team(n);
   }
   return *o.team;
 }
@@ -192,16 +229,12 @@ Team& team_of(Owner& o) {
 }  // namespace
 
 void run_tasks(int64_t count, size_t scratch_floats, const Task& task) {
-  if (count == 0) return;
-  Call call;
-  call.task = &task;
-  call.count = count;
-  call.scratch_floats = scratch_floats;
   if (count > 1 && threads() > 1) {
     std::unique_lock<std::mutex> lock(owner->busy, std::try_to_lock);
-    if (lock.owns_lock()) return team_of(*owner).run(call);
+    if (lock.owns_lock()) return team_of(*owner).run(count, scratch_floats, task);
   }
-  call.work();
+  float* scratch = scratch_floats && count ? own_scratch(scratch_floats) : nullptr;
+  for (int64_t i = 0; i < count; i++) task(i, scratch);
 }
 
 void set_threads(int n) { wanted_threads.store(n > 0 ? n : cores()); }

@@ -7,8 +7,9 @@
 
 namespace scarlet {
 
-// Runs task(0) ... task(count - 1) on the team, in any order and on any thread; returns when all are done.
-// `scratch` is the running thread's own: `scratch_floats` floats, aligned to 64 bytes.
+// Runs task(0) ... task(count - 1), fewer than 2^32, on the team; returns when all are done. Each thread begins
+// with a stretch of them, in order (so what follows in memory best follows in number), and goes on with the
+// others', from the end. `scratch` is the running thread's own: `scratch_floats` floats, aligned to 64 bytes.
 //
 // The caller never waits for a thread that has not begun: it may finish the work alone, so that nothing
 // here can deadlock with the pool that the caller comes from. If the team is busy with another caller's
