@@ -20,8 +20,6 @@ from scarlet_jax.types import Array
 if TYPE_CHECKING:
     from scarlet_jax.model import Model
 
-BLOCK = 16  # tokens that an accelerator makes before the host looks at them
-
 
 @dataclasses.dataclass
 class Stats:
@@ -99,11 +97,11 @@ def generate(
     The filters are those of `scarlet_jax.sampling`; temperature 0 is greedy. The same `seed` gives the same
     tokens; None draws one. `stop` defaults to the tokenizer's `eos_ids`. With a `cache`, the part of the
     prompt that it knows is not computed again, and the states after the first `steady` tokens and at the end
-    are kept in it. `block` tokens are made on the device between two looks at them (by default 1 on a CPU, and
-    BLOCK elsewhere, where a look costs more than it spares): the same tokens. `positions` of a prompt with
-    images, (3 or 4, T) as `Model.forward` takes them; a cache does not look at them, so it cannot be had as
-    well. Raises BadInput at once for an empty prompt, one that the context cannot hold, an id outside the
-    vocabulary or a number out of range; and later if the logits are not numbers.
+    are kept in it. `block` tokens are made on the device between two looks at them (by default the model's
+    `tokens_at_a_time`): the same tokens. `positions` of a prompt with images, (3 or 4, T) as `Model.forward`
+    takes them; a cache does not look at them, so it cannot be had as well. Raises BadInput at once for an empty
+    prompt, one that the context cannot hold, an id outside the vocabulary or a number out of range; and later if
+    the logits are not numbers.
     """
     prompt = np.asarray(tokens).tolist()
     _check_prompt(model, prompt)
@@ -113,7 +111,7 @@ def generate(
         raise BadInput(f"seed is {seed}, expected 0 to {2**32 - 1}")
     params = Sampling(float(temperature), int(top_k), float(top_p), float(min_p)).checked()
     if block is None:
-        block = 1 if jax.default_backend() == "cpu" else BLOCK
+        block = model.tokens_at_a_time
     if block < 1:
         raise BadInput(f"block is {block}, expected 1 or more")
     if positions is not None and cache is not None:

@@ -21,6 +21,8 @@ def weights(vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
 class Fading:
     """It remembers a fading sum of embeddings; notes its work in `calls`; and spoils states given to it."""
 
+    tokens_at_a_time = 1
+
     def __init__(self, embedding, head, context_length=100, stop=(), tokenizer=None, gguf=None):
         self.embedding, self.head = embedding, head
         self.context_length = context_length

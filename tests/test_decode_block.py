@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from support import relative_l2
 
+from scarlet_jax import model as engine
 from scarlet_jax.errors import BadInput
 from scarlet_jax.generate import StateCache, Stats, generate
+from scarlet_jax.ops import cpu
 
 SHAPE = models.SHAPES["untied"]
 PROMPT = models.tokens(SHAPE, 9).tolist()
 SAMPLINGS = [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "seed": 5}]
 
 
-def run(block: int, **options) -> tuple[list[int], Stats, StateCache]:
+def run(block: int | None, **options) -> tuple[list[int], Stats, StateCache]:
     stats, cache = Stats(), StateCache()
     options = {"max_tokens": 11, "stop": ()} | options
     model = models.model(SHAPE)
@@ -24,7 +26,7 @@ def run(block: int, **options) -> tuple[list[int], Stats, StateCache]:
 
 
 # 11 tokens, of which the prompt gives the first: two full blocks and a half, and more than all.
-@pytest.mark.parametrize("block", [4, 16])
+@pytest.mark.parametrize("block", [4, 16, None])
 @pytest.mark.parametrize("options", SAMPLINGS)
 def test_the_same_tokens_as_one_at_a_time(block, options):
     tokens, stats, cache = run(block, **options)
@@ -52,6 +54,18 @@ def test_what_comes_after_the_end_leaves_no_trace():
         jax.tree.leaves(state), jax.tree.leaves(again._entries["answer"][1]), strict=True
     ):
         assert relative_l2(ours, theirs) < 1e-5
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no kernels here: {cpu.unavailable()}")
+def test_how_many_at_a_time_follows_from_what_a_token_reads(monkeypatch):
+    small = models.model(SHAPE)
+    assert small.tokens_at_a_time == engine.BLOCK
+    reads = small.weight_bytes_per_token
+    for between_looks, expected in ((5 * reads, 5), (reads // 2, 1)):
+        monkeypatch.setattr(engine, "BYTES_BETWEEN_LOOKS", between_looks)
+        assert models.changed(small).tokens_at_a_time == expected
+    monkeypatch.undo()
+    assert models.model(SHAPE, implementation="portable").tokens_at_a_time == 1
 
 
 def test_a_block_of_none_is_refused():

@@ -28,12 +28,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from scarlet_jax import config, hub, sampling
+from scarlet_jax import hub, sampling
 from scarlet_jax.errors import BadInput
 from scarlet_jax.model import Model
 from scarlet_jax.ops import cpu
 from scarlet_jax.tools import common
 
+GREEDY = sampling.Sampling()
 PROBE_BYTES = 512 * 2**20  # read to measure the memory: many times a last-level cache
 
 
@@ -55,12 +56,14 @@ class Engine(Protocol):
     several tokens whose logits are all wanted, as when a draft is verified.
     """  # noqa: D205
 
+    at_a_time: int  # tokens of a `decode`
+
     def prefill(self, tokens: Sequence[int]) -> int:
         """Start over with these tokens -> the next one."""
         ...
 
     def decode(self, token: int) -> int:
-        """Go on with one token -> the next one."""
+        """Go on with a token, the one it gives and so on, `at_a_time` tokens -> the next one."""
         ...
 
     def verify(self, tokens: Sequence[int]) -> None:
@@ -69,10 +72,12 @@ class Engine(Protocol):
 
 
 class Ours:
-    """Our engine as `generate` runs it: state in place, the choice by the host."""
+    """Our engine as `generate` runs it: state in place, as many tokens in a program as it takes by default."""
 
-    def __init__(self, model: Model, slots: int) -> None:
+    def __init__(self, model: Model, slots: int, new_tokens: int) -> None:
         self._model, self._slots = model, slots
+        self.at_a_time = min(model.tokens_at_a_time, new_tokens)
+        self._key = jax.random.key(0)
         self._state: Any = None
 
     def prefill(self, tokens: Sequence[int]) -> int:
@@ -84,8 +89,13 @@ class Ours:
 
     def decode(self, token: int) -> int:
         """Go on."""
-        logits, self._state = self._model.last_logits([token], self._state, consume=True)
-        return int(sampling.most_likely(logits))
+        if self.at_a_time == 1:
+            logits, self._state = self._model.last_logits([token], self._state, consume=True)
+            return int(sampling.most_likely(logits))
+        made, self._state = self._model.decode_block(
+            token, self._state, self._key, 1, GREEDY, stop=(), count=self.at_a_time, block=self.at_a_time
+        )
+        return made[-1]
 
     def verify(self, tokens: Sequence[int]) -> None:
         """Go on, the choices by the host."""
@@ -95,6 +105,8 @@ class Ours:
 
 class LlamaCpp:
     """llama.cpp with its own defaults."""
+
+    at_a_time = 1
 
     def __init__(self, path: Any, slots: int, lib: str | None) -> None:
         from scarlet_jax.tools.engines import llama_cpp
@@ -144,7 +156,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise BadInput(
             f"-p, -n and --draft: {slots} tokens in all, expected at most the context, {model.context_length}"
         )
-    engines: list[Engine] = [Ours(model, slots)]
+    engines: list[Engine] = [Ours(model, slots, args.new_tokens)]
     reference: dict[str, Any] = {}
     if args.against:
         began = time.perf_counter()
@@ -161,7 +173,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.precision != "exact":
         ours["error"] = error_of_precision(model, prompt)
-    weight_bytes = weight_bytes_per_token(model)
+    weight_bytes = model.weight_bytes_per_token
     for figures, engine_times in zip((ours, reference), times, strict=False):
         prefill_s, decode_s, verify_s = map(statistics.median, zip(*engine_times, strict=True))
         figures["prefill_tps"] = args.prompt_tokens / prefill_s
@@ -173,6 +185,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "draft": args.draft,
+        "tokens_at_a_time": engines[0].at_a_time,
         "repeat": args.repeat,
         "path": common.compute_path(model),
         "precision": args.precision,
@@ -189,10 +202,10 @@ def _times(engine: Engine, prompt: list[int], count: int, draft: int) -> tuple[f
     token = engine.prefill(prompt)
     prefill_s = time.perf_counter() - began
     steps, verified = [], []
-    for _ in range(count):
+    for _ in range(count // engine.at_a_time):
         began = time.perf_counter()
         token = engine.decode(token)
-        steps.append(time.perf_counter() - began)
+        steps.append((time.perf_counter() - began) / engine.at_a_time)
     for _ in range(count):
         began = time.perf_counter()
         engine.verify([token] * draft)
@@ -230,26 +243,6 @@ def error_of_precision(model: Model, prompt: Sequence[int]) -> float:
     exact = Model(model.gguf, model.config, model.weights, kv_dtype=model.kv_dtype, implementation="auto")
     ours, truth = (np.asarray(m.last_logits(prompt)[0], np.float64) for m in (model, exact))
     return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
-
-
-def weight_bytes_per_token(model: Model) -> int:
-    """Bytes of weights that a decoding step has to read: all but the embedding, of which it needs one row.
-
-    Of a mixture's experts, those that a token is given to.
-    """
-    weights = model.weights
-    unused = sum(
-        _nbytes((block.ffn.ffn_gate_exps, block.ffn.ffn_up_exps, block.ffn.ffn_down_exps))
-        * (cfg.ffn.expert_count - cfg.ffn.expert_used_count)
-        // cfg.ffn.expert_count
-        for block, cfg in zip(weights.blocks, model.config.blocks, strict=True)
-        if isinstance(cfg.ffn, config.MoE)
-    )
-    return _nbytes((weights.blocks, weights.output_norm, weights.output)) - unused
-
-
-def _nbytes(weights: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
 
 def _fresh_process(path: Any, backend: str) -> dict[str, Any]:

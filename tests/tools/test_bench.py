@@ -41,7 +41,7 @@ def test_the_fast_mode_has_its_error_beside_its_speed(tmp_path):
 def test_a_token_reads_every_weight_but_the_embedding():
     loaded = model(PACKABLE, "Q4_K")
     stored = {name: t.data.nbytes for name, t in loaded.gguf.tensors.items()}
-    assert bench.weight_bytes_per_token(loaded) == sum(stored.values()) - stored["token_embd.weight"]
+    assert loaded.weight_bytes_per_token == sum(stored.values()) - stored["token_embd.weight"]
 
 
 def test_a_token_reads_the_experts_it_is_given_to():
@@ -49,7 +49,7 @@ def test_a_token_reads_the_experts_it_is_given_to():
     loaded = model(PACKABLE_EXPERTS, "Q4_K")
     stored = {name: t.data.nbytes for name, t in loaded.gguf.tensors.items() if name != "token_embd.weight"}
     experts = sum(size for name, size in stored.items() if "_exps" in name)
-    assert bench.weight_bytes_per_token(loaded) == sum(stored.values()) - experts * 4 // 6
+    assert loaded.weight_bytes_per_token == sum(stored.values()) - experts * 4 // 6
 
 
 @pytest.mark.parametrize(
