@@ -26,8 +26,8 @@ class Stats:
     """What a generation did, filled in as it goes.
 
     `prompt_tokens` went through the model in `prefill_s` seconds, beside `reused_tokens` that a `StateCache`
-    had; `tokens` were generated. The first step of decoding may compile, so `decode_s` is the time of the
-    `decode_steps` after it. `seed` is the one that was used, `finish` what ended it: a stop token, the
+    had; `tokens` were generated. The first program of decoding may be compiled, so `decode_s` is the time of
+    the `decode_steps` after it. `seed` is the one that was used, `finish` what ended it: a stop token, the
     number of tokens asked for, or a full context; None if the caller left.
     """
 

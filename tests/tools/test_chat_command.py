@@ -72,8 +72,8 @@ class Parrot(Fading):
         self.answers = [[*tokenizer.encode(text), tokenizer.eos_id] for text in answers]
         self.prompts = []
 
-    def last_logits(self, tokens, state=None, *, consume=False):
-        logits, state = super().last_logits(tokens, state, consume=consume)
+    def last_logits(self, tokens, state=None, *, consume=False, positions=None):
+        logits, state = super().last_logits(tokens, state, consume=consume, positions=positions)
         self.place = self.place + 1 if consume else 0
         return logits.at[self.answers[len(self.prompts) - 1][self.place]].set(1e6), state
 

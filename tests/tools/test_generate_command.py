@@ -140,13 +140,13 @@ def test_the_fast_mode_runs_or_says_why_not(run, path, monkeypatch):
 
 
 def test_stats_go_to_the_standard_error(run, path):
-    code, out, err = run("generate", path, "--tokens", "5,6,7", "-n", 4, "--seed", 3, "--stats")
+    code, out, err = run("generate", path, "--tokens", "5,6,7", "-n", 40, "--seed", 3, "--stats")
     assert code == 0
     for part in (
         "load ",
         "first token ",
         "prompt 3 tokens at ",
-        "answer 4 tokens at ",
+        "answer 40 tokens at ",
         "seed 3",
         common.compute_path(),
     ):
