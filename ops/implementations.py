@@ -8,6 +8,7 @@ does not cover (weights' own scales, `QTensor.scale`, are the caller's):
     qmatmul_many(x, ws)             several products of one input
     qmatmul_experts(x, w, ids)      a product of each row with its own few of many weights
     ffn(x, gate, up, down)          a feed-forward network
+    ffn_experts(x, gate, up, down, ids, shares)  a mixture of each row's own few of many
     delta_net(...), attention(...)  a token mixer between its projections (see `ops.cpu.mixers`)
     delta_rule(q, k, v, g, beta, state)  the delta rule alone (see `ops.gated_delta`)
     attend(q, k, v, position, scale=...)  softmax attention over a cache alone (see `ops.attention`)

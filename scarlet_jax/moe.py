@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from scarlet_jax import config, ffn
-from scarlet_jax.ops.matmul import linear, linear_experts
+from scarlet_jax import config, ffn, layers
+from scarlet_jax.ops import implementations
+from scarlet_jax.ops.matmul import is_bare, linear, linear_experts
 from scarlet_jax.taps import tap
 from scarlet_jax.types import Array, Weight
 
@@ -58,7 +59,7 @@ def shapes(cfg: config.MoE, width: int) -> dict[str, tuple[int, ...]]:
 def feed_forward(w: Weights, x: Array, *, cfg: config.MoE) -> Array:
     """f32 (B, T, D), normed -> f32 (B, T, D)."""
     ids, weights = route(tap("ffn_moe_logits", linear(x, w.ffn_gate_inp)), cfg)
-    routed = tap("ffn_moe_out", _experts(w, x, ids, weights))
+    routed = tap("ffn_moe_out", _experts(w, x, ids, weights, cfg=cfg))
     return tap("ffn_out", routed + _shared(w, x, cfg)) if cfg.expert_shared_feed_forward_length else routed
 
 
@@ -78,8 +79,22 @@ def route(logits: Array, cfg: config.MoE) -> tuple[Array, Array]:
     return ids, weights
 
 
-def _experts(w: Weights, x: Array, ids: Array, weights: Array) -> Array:
+def _experts(w: Weights, x: Array, ids: Array, weights: Array, *, cfg: config.MoE) -> Array:
     """The weighted sum of each token's experts; only those that some token was given to are read."""
+    if not all(map(is_bare, (w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps))):
+        return _by_steps(w, x, ids, weights, cfg=cfg)
+    return layers.run("ffn_experts", _at_once, _by_steps, w, x, ids, weights, cfg=cfg)
+
+
+def _at_once(w: Weights, x: Array, ids: Array, weights: Array, *, cfg: config.MoE) -> Array:
+    rows, k = x.reshape(-1, x.shape[-1]), cfg.expert_used_count
+    matrices = w.ffn_gate_exps, w.ffn_up_exps, w.ffn_down_exps
+    slots = ids.reshape(-1, k), weights.reshape(-1, k)
+    return implementations.call("ffn_experts", rows, *matrices, *slots).reshape(x.shape)
+
+
+def _by_steps(w: Weights, x: Array, ids: Array, weights: Array, *, cfg: config.MoE) -> Array:
+    del cfg
     row = x[..., None, :]
     up = tap("ffn_moe_up", linear_experts(row, w.ffn_up_exps, ids))
     gate = tap("ffn_moe_gate", linear_experts(row, w.ffn_gate_exps, ids))

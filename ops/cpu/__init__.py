@@ -39,8 +39,8 @@ Weight = jax.Array | np.ndarray | QTensor
 
 _FOLDER = Path(__file__).parent
 _HANDLERS = (
-    *("scarlet_qmatmul", "scarlet_qmatmul_experts", "scarlet_ffn", "scarlet_decode"),
-    *("scarlet_delta_net", "scarlet_attention"),
+    *("scarlet_qmatmul", "scarlet_qmatmul_experts", "scarlet_ffn", "scarlet_ffn_experts"),
+    *("scarlet_decode", "scarlet_delta_net", "scarlet_attention"),
 )
 _FLOAT_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -143,6 +143,28 @@ def ffn(x: jax.Array, gate: Weight, up: Weight, down: Weight, *, fast: bool = Fa
     run = _call("scarlet_ffn", result, vmap_method="sequential")
     y = run(rows, *arrays, qtypes=",".join(qtypes), fast=fast)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def ffn_experts(
+    x: jax.Array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    ids: jax.Array,
+    shares: jax.Array,
+    *,
+    fast: bool = False,
+) -> jax.Array:
+    """The sum over each row's experts of share times `ffn`, in one call that reads no other expert.
+
+    x f32 (M, in); gate and up (E, F, in), down (E, out, F); ids int32 (M, k), within 0 .. E-1; shares f32
+    (M, k) -> f32 (M, out). As of `ffn`, the weights' own scales are not applied.
+    """
+    chex.assert_type([x, ids, shares], [jnp.float32, jnp.int32, jnp.float32])
+    arrays, qtypes = zip(_packed(gate), _packed(up), _packed(down), strict=True)
+    result = jax.ShapeDtypeStruct((len(x), down.shape[-2]), jnp.float32)
+    run = _call("scarlet_ffn_experts", result, vmap_method="sequential")
+    return run(x, *arrays, ids, shares, qtypes=",".join(qtypes), fast=fast)
 
 
 # --- the product and its gradient -------------------------------------------------------------------

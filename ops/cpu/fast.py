@@ -15,6 +15,7 @@ qmatmul = functools.partial(cpu.qmatmul, fast=True)
 qmatmul_many = functools.partial(cpu.qmatmul_many, fast=True)
 qmatmul_experts = functools.partial(cpu.qmatmul_experts, fast=True)
 ffn = functools.partial(cpu.ffn, fast=True)
+ffn_experts = functools.partial(cpu.ffn_experts, fast=True)
 
 
 def unavailable() -> str | None:

@@ -135,8 +135,20 @@ ffi::Error qmatmul(Buffer x, ffi::RemainingArgs ws, ffi::RemainingRets ys, std::
       collect(x, wb, y, w, &rows[i]);
       for (const auto& [matrix, list] : rows[i]) jobs.push_back(list.job(w, matrix, fast));
     }
-    multiply_all(kernels, jobs.data(), jobs.size());
+    multiply_all(kernels, jobs);
   });
+}
+
+// The expert of each of M rows' k slots: int32 (M, k), each below `experts`.
+const int32_t* expert_ids(const Buffer& ids, int64_t experts) {
+  expect(ids.element_type() == ffi::S32 && rank(ids) == 2, "ids", ids, "i32 (M, k)");
+  const int32_t* id = ids.typed_data<int32_t>();
+  for (int64_t i = 0; i < leading(ids, 0); i++) {
+    if (id[i] < 0 || id[i] >= experts) {
+      throw Misfit{"ids has " + std::to_string(id[i]) + ": expected 0 to " + std::to_string(experts - 1)};
+    }
+  }
+  return id;
 }
 
 // x (M, in) or, each slot with its own, (M, k, in); w (E, out, in); ids i32 (M, k) -> y (M, k, out).
@@ -146,8 +158,8 @@ ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> 
     const Buffer y = *result;
     const Weights w = weights("w", wb, qtype);
     expect(rank(wb) == 3, "w", wb, "(E, out, row bytes)");
-    expect(ids.element_type() == ffi::S32 && rank(ids) == 2, "ids", ids, "i32 (M, k)");
-    const int64_t M = dim(ids, 1), k = dim(ids, 0), experts = wb.dimensions()[0];
+    const int32_t* id = expert_ids(ids, wb.dimensions()[0]);
+    const int64_t M = dim(ids, 1), k = dim(ids, 0);
     const bool own = rank(x) == 3;
     expect(x.element_type() == ffi::F32 && (rank(x) == 2 || (own && dim(x, 1) == k)) &&
                x.dimensions()[0] == M && dim(x, 0) == w.elements,
@@ -157,46 +169,94 @@ ffi::Error qmatmul_experts(Buffer x, Buffer wb, Buffer ids, ffi::Result<Buffer> 
            "the result", y, "f32 (M, k, out)");
     std::map<int64_t, Rows> rows;
     for (int64_t i = 0; i < M * k; i++) {
-      const int64_t id = ids.typed_data<int32_t>()[i];
-      if (id < 0 || id >= experts) {
-        throw Misfit{"ids has " + std::to_string(id) + ": expected 0 to " + std::to_string(experts - 1)};
-      }
-      rows[id].add(x.typed_data<float>() + (own ? i : i / k) * w.elements,
-                   y.typed_data<float>() + i * w.rows);
+      rows[id[i]].add(x.typed_data<float>() + (own ? i : i / k) * w.elements,
+                      y.typed_data<float>() + i * w.rows);
     }
     std::vector<Job> jobs;
-    for (const auto& [id, list] : rows) jobs.push_back(list.job(w, id, fast));
-    multiply_all(kernels, jobs.data(), jobs.size());
+    for (const auto& [expert, list] : rows) jobs.push_back(list.job(w, expert, fast));
+    multiply_all(kernels, jobs);
   });
 }
 
+// Gate and up (..., F, in), down (..., out, F), of rows x (M, in).
+struct Network {
+  Weights gate, up, down;
+
+  Network(const Buffer& x, const Buffer& gate_b, const Buffer& up_b, const Buffer& down_b,
+          std::string_view qtypes, size_t dims) {
+    const std::vector<std::string_view> names = split_names(qtypes);
+    if (names.size() != 3) throw Misfit{"quant types " + std::string(qtypes) + ": expected three"};
+    gate = weights("gate", gate_b, names[0]), up = weights("up", up_b, names[1]);
+    down = weights("down", down_b, names[2]);
+    expect(x.element_type() == ffi::F32 && rank(x) == 2, "x", x, "f32 (M, in)");
+    const int64_t in = dim(x, 0);
+    expect(rank(gate_b) == dims && gate.elements == in, "gate", gate_b,
+           "rows of " + std::to_string(in) + " elements");
+    expect(rank(up_b) == dims && up.elements == in && up.rows == gate.rows, "up", up_b, "the shape of gate");
+    expect(rank(down_b) == dims && down.elements == gate.rows, "down", down_b,
+           "rows of " + std::to_string(gate.rows) + " elements");
+  }
+
+  void expect_result(const Buffer& y, int64_t M) const {
+    expect(y.element_type() == ffi::F32 && rank(y) == 2 && dim(y, 1) == M && dim(y, 0) == down.rows,
+           "the result", y, "f32 (M, out)");
+  }
+};
+
 // x (M, in), gate and up (F, in), down (out, F) -> y (M, out) = (silu(x gate) * (x up)) down.
-ffi::Error ffn(Buffer x, Buffer gate_b, Buffer up_b, Buffer down_b, ffi::Result<Buffer> result,
+ffi::Error ffn(Buffer x, Buffer gate, Buffer up, Buffer down, ffi::Result<Buffer> result,
                std::string_view qtypes, bool fast) {
   return guarded("scarlet_ffn", [&](const Kernels& kernels) {
     const Buffer y = *result;
-    const std::vector<std::string_view> names = split_names(qtypes);
-    if (names.size() != 3) throw Misfit{"quant types " + std::string(qtypes) + ": expected three"};
-    const Weights gate = weights("gate", gate_b, names[0]), up = weights("up", up_b, names[1]);
-    const Weights down = weights("down", down_b, names[2]);
-    expect(x.element_type() == ffi::F32 && rank(x) == 2, "x", x, "f32 (M, in)");
-    const int64_t M = dim(x, 1), in = dim(x, 0), F = gate.rows;
-    expect(rank(gate_b) == 2 && gate.elements == in, "gate", gate_b,
-           "rows of " + std::to_string(in) + " elements");
-    expect(rank(up_b) == 2 && up.elements == in && up.rows == F, "up", up_b, "the shape of gate");
-    expect(rank(down_b) == 2 && down.elements == F, "down", down_b,
-           "rows of " + std::to_string(F) + " elements");
-    expect(y.element_type() == ffi::F32 && rank(y) == 2 && dim(y, 1) == M && dim(y, 0) == down.rows,
-           "the result", y, "f32 (M, out)");
+    const Network net(x, gate, up, down, qtypes, 2);
+    const int64_t M = dim(x, 1), in = dim(x, 0), F = net.gate.rows, out = net.down.rows;
+    net.expect_result(y, M);
     const std::unique_ptr<float[]> hidden(new float[M * F]);
     Rows in_rows, out_rows;
     for (int64_t m = 0; m < M; m++) {
       in_rows.add(x.typed_data<float>() + m * in, hidden.get() + m * F);
-      out_rows.add(hidden.get() + m * F, y.typed_data<float>() + m * down.rows);
+      out_rows.add(hidden.get() + m * F, y.typed_data<float>() + m * out);
     }
-    multiply_gated(kernels, in_rows.job(gate, 0, fast), in_rows.job(up, 0, fast));
-    const Job last = out_rows.job(down, 0, fast);
-    multiply_all(kernels, &last, 1);
+    multiply_gated(kernels, {in_rows.job(net.gate, 0, fast)}, {in_rows.job(net.up, 0, fast)});
+    multiply_all(kernels, {out_rows.job(net.down, 0, fast)});
+  });
+}
+
+// x (M, in), gate and up (E, F, in), down (E, out, F), ids i32 (M, k), shares f32 (M, k) -> y (M, out): the sum
+// over a row's slots of its share times what the slot's network makes of the row.
+ffi::Error ffn_experts(Buffer x, Buffer gate, Buffer up, Buffer down, Buffer ids, Buffer shares,
+                       ffi::Result<Buffer> result, std::string_view qtypes, bool fast) {
+  return guarded("scarlet_ffn_experts", [&](const Kernels& kernels) {
+    const Buffer y = *result;
+    const Network net(x, gate, up, down, qtypes, 3);
+    const int64_t experts = gate.dimensions()[0], M = dim(x, 1), in = dim(x, 0);
+    const int64_t F = net.gate.rows, out = net.down.rows;
+    expect(up.dimensions()[0] == experts, "up", up, std::to_string(experts) + " experts, as gate has");
+    expect(down.dimensions()[0] == experts, "down", down, std::to_string(experts) + " experts, as gate has");
+    const int32_t* id = expert_ids(ids, experts);
+    const int64_t k = dim(ids, 0);
+    expect(dim(ids, 1) == M, "ids", ids, "rows as in x " + describe(x));
+    expect(shares.element_type() == ffi::F32 && rank(shares) == 2 && dim(shares, 1) == M && dim(shares, 0) == k,
+           "shares", shares, "f32, of the shape of ids " + describe(ids));
+    net.expect_result(y, M);
+    const std::unique_ptr<float[]> hidden(new float[M * k * F]), outputs(new float[M * k * out]);
+    std::map<int64_t, Rows> in_rows, out_rows;
+    for (int64_t i = 0; i < M * k; i++) {
+      in_rows[id[i]].add(x.typed_data<float>() + i / k * in, hidden.get() + i * F);
+      out_rows[id[i]].add(hidden.get() + i * F, outputs.get() + i * out);
+    }
+    std::vector<Job> gates, ups, downs;
+    for (const auto& [expert, rows] : in_rows) {
+      gates.push_back(rows.job(net.gate, expert, fast));
+      ups.push_back(rows.job(net.up, expert, fast));
+    }
+    for (const auto& [expert, rows] : out_rows) downs.push_back(rows.job(net.down, expert, fast));
+    multiply_gated(kernels, gates, ups);
+    multiply_all(kernels, downs);
+    run_tasks(M, 0, [&](int64_t m, float*) {
+      kernels.weighted_sum(outputs.get() + m * k * out, shares.typed_data<float>() + m * k, k, out,
+                           y.typed_data<float>() + m * out);
+    });
   });
 }
 
@@ -239,6 +299,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_qmatmul_experts, scarlet::qmatmul_experts,
                                   .Attr<bool>("fast"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_ffn, scarlet::ffn,
                               xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<std::string_view>("qtypes")
+                                  .Attr<bool>("fast"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(scarlet_ffn_experts, scarlet::ffn_experts,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

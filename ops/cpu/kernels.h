@@ -40,6 +40,8 @@ struct Kernels {
   MultiplyFn multiply_many[kTypeCount];          // any count; a row's sums do not depend on it either
   size_t scratch_floats;                         // what multiply_many needs, aligned to 64 bytes
   void (*silu_gate)(float* gate, const float* up, int64_t n);  // gate = silu(gate) * up
+  // y (n) = the sum over `count` rows of (count, n) of each times its share.
+  void (*weighted_sum)(const float* rows, const float* shares, int64_t count, int64_t n, float* y);
   float (*sum_of_bytes)(const uint8_t* bytes, size_t n);       // reads all of them: a bandwidth probe
   double (*fma_chain)(int64_t iterations);                     // returns the flops it did: a peak probe
   const MatrixUnit* matrix = nullptr;  // if not null, what takes many rows, of any type

@@ -5,7 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <list>
+#include <map>
 #include <memory>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -118,6 +120,22 @@ Aligned<T> aligned(size_t count) {
   return Aligned<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
 }
 
+// Rows of x in the order that few-row kernels want, each made once for all the jobs of a call that want it so.
+class Reordered {
+ public:
+  const float* get(const Kernels& kernels, QType type, const float* x, int64_t elements) {
+    const auto [at, missing] = rows_.try_emplace({type, x, elements});
+    if (missing) {
+      at->second = aligned<float>(kernels.prepared_floats(elements));
+      kernels.prepare[static_cast<int>(type)](x, elements, at->second.get());
+    }
+    return at->second.get();
+  }
+
+ private:
+  std::map<std::tuple<QType, const float*, int64_t>, Aligned<float>> rows_;
+};
+
 // A job whose rows of x are in the form that its kernels want: as they are, in another order, split into
 // bf16, or of 16 bits.
 struct Ready {
@@ -128,12 +146,11 @@ struct Ready {
   const MatrixUnit* matrix = nullptr;
   SplitRows split{};  // if matrix
 
-  Ready(const Kernels& kernels, const Job& job) : type(job.type), product(job.product) {
-    const PrepareFn prepare = kernels.prepare[static_cast<int>(type)];
+  Ready(const Kernels& kernels, const Job& job, Reordered* reordered) : type(job.type), product(job.product) {
     const FastKernels* offered = job.fast ? fast_kernels() : nullptr;
     if (product.count == 0) return;
     if (product.count <= kFewRows) {
-      if (prepare != nullptr) reorder(kernels, prepare);
+      if (kernels.prepare[static_cast<int>(type)] != nullptr) reorder(kernels, reordered);
     } else if (kernels.matrix != nullptr) {
       split_terms(*kernels.matrix, job.fast ? 2 : 3);
     } else if (offered != nullptr && offered->covers(type)) {
@@ -157,12 +174,9 @@ struct Ready {
   }
 
  private:
-  void reorder(const Kernels& kernels, PrepareFn prepare) {
-    const int64_t length = (kernels.prepared_floats(product.elements) + 15) / 16 * 16;
-    floats_ = aligned<float>(product.count * length);
+  void reorder(const Kernels& kernels, Reordered* reordered) {
     for (int64_t m = 0; m < product.count; m++) {
-      x_.push_back(floats_.get() + m * length);
-      prepare(product.x[m], product.elements, floats_.get() + m * length);
+      x_.push_back(reordered->get(kernels, type, product.x[m], product.elements));
     }
     product.x = x_.data();
   }
@@ -195,11 +209,10 @@ struct Part {  // rows of one job's weights
   int64_t first, end;
 };
 
-void split(const Ready& job, std::vector<Part>* parts) {
+void split(const Ready& job, int64_t step, std::vector<Part>* parts) {
   const Product& p = job.product;
   if (p.count == 0) return;
-  for (int64_t r = 0; r < p.rows; r += job.step())
-    parts->push_back({&job, r, std::min(p.rows, r + job.step())});
+  for (int64_t r = 0; r < p.rows; r += step) parts->push_back({&job, r, std::min(p.rows, r + step)});
 }
 
 // The part's rows of the job's product, into `y` (one pointer a row of x, at the part's first result).
@@ -232,13 +245,14 @@ const FastKernels* fast_kernels() {
   return nullptr;
 }
 
-void multiply_all(const Kernels& kernels, const Job* given, size_t count) {
+void multiply_all(const Kernels& kernels, const std::vector<Job>& given) {
+  Reordered reordered;
   std::list<Ready> jobs;
   std::vector<Part> parts;
   size_t floats = 0;
-  for (size_t i = 0; i < count; i++) {
-    jobs.emplace_back(kernels, given[i]);
-    split(jobs.back(), &parts);
+  for (const Job& job : given) {
+    jobs.emplace_back(kernels, job, &reordered);
+    split(jobs.back(), jobs.back().step(), &parts);
     floats = std::max(floats, jobs.back().scratch_floats(kernels));
   }
   run_tasks(static_cast<int64_t>(parts.size()), floats, [&](int64_t i, float* scratch) {
@@ -246,23 +260,28 @@ void multiply_all(const Kernels& kernels, const Job* given, size_t count) {
   });
 }
 
-void multiply_gated(const Kernels& kernels, const Job& given_gate, const Job& given_up) {
-  const Ready gate(kernels, given_gate), up(kernels, given_up);
-  std::vector<Part> parts;
-  // Both in the smaller of their steps.
-  split(gate.step() <= up.step() ? gate : up, &parts);
-  if (parts.empty()) return;
-  const int64_t count = gate.product.count, step = parts[0].end - parts[0].first;
-  const size_t for_kernels = std::max(gate.scratch_floats(kernels), up.scratch_floats(kernels));
-  const size_t floats = for_kernels + static_cast<size_t>(count * step);
-  run_tasks(static_cast<int64_t>(parts.size()), floats, [&](int64_t i, float* scratch) {
-    const Part of_gate = {&gate, parts[i].first, parts[i].end}, of_up = {&up, parts[i].first, parts[i].end};
-    const std::vector<float*> y = results(of_gate);
-    std::vector<float*> u(count);
-    for (int64_t m = 0; m < count; m++) u[m] = scratch + for_kernels + m * step;
-    multiply(kernels, of_gate, y.data(), scratch);
-    multiply(kernels, of_up, u.data(), scratch);
-    for (int64_t m = 0; m < count; m++) kernels.silu_gate(y[m], u[m], of_gate.end - of_gate.first);
+void multiply_gated(const Kernels& kernels, const std::vector<Job>& gates, const std::vector<Job>& ups) {
+  Reordered reordered;
+  std::list<Ready> jobs;  // a gate, then its up
+  std::vector<Part> of_gates, of_ups;
+  size_t for_kernels = 0, for_up = 0;
+  for (size_t i = 0; i < gates.size(); i++) {
+    const Ready& gate = jobs.emplace_back(kernels, gates[i], &reordered);
+    const Ready& up = jobs.emplace_back(kernels, ups[i], &reordered);
+    const int64_t step = std::min(gate.step(), up.step());
+    split(gate, step, &of_gates);
+    split(up, step, &of_ups);
+    for_kernels = std::max({for_kernels, gate.scratch_floats(kernels), up.scratch_floats(kernels)});
+    for_up = std::max(for_up, static_cast<size_t>(gate.product.count * step));
+  }
+  run_tasks(static_cast<int64_t>(of_gates.size()), for_kernels + for_up, [&](int64_t i, float* scratch) {
+    const std::vector<float*> y = results(of_gates[i]);
+    const int64_t rows = of_gates[i].end - of_gates[i].first;
+    std::vector<float*> u(y.size());
+    for (size_t m = 0; m < u.size(); m++) u[m] = scratch + for_kernels + m * rows;
+    multiply(kernels, of_gates[i], y.data(), scratch);
+    multiply(kernels, of_ups[i], u.data(), scratch);
+    for (size_t m = 0; m < u.size(); m++) kernels.silu_gate(y[m], u[m], rows);
   });
 }
 

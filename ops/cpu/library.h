@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -23,9 +24,9 @@ struct Job {
   Product product;
   bool fast = false;  // many rows of x may be rounded to 16 bits, where fast.h covers the type
 };
-void multiply_all(const Kernels& kernels, const Job* jobs, size_t count);
+void multiply_all(const Kernels& kernels, const std::vector<Job>& jobs);
 
-// gate.y = silu(x gate.w) * (x up.w), both of the same shape; up.y is not used.
-void multiply_gated(const Kernels& kernels, const Job& gate, const Job& up);
+// For each gate and its up, both of the same shape: gate.y = silu(x gate.w) * (x up.w); up.y is not used.
+void multiply_gated(const Kernels& kernels, const std::vector<Job>& gates, const std::vector<Job>& ups);
 
 }  // namespace scarlet

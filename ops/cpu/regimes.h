@@ -278,6 +278,19 @@ static void silu_gate(float* gate, const float* up, int64_t n) {
   std::memcpy(gate + i, g, (n - i) * sizeof(float));
 }
 
+static void weighted_sum(const float* rows, const float* shares, int64_t count, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    F sum = Simd::zero();
+    for (int64_t r = 0; r < count; r++) sum = Simd::fma(Simd::set1(shares[r]), Simd::load(rows + r * n + i), sum);
+    Simd::store(y + i, sum);
+  }
+  for (; i < n; i++) {
+    y[i] = 0;
+    for (int64_t r = 0; r < count; r++) y[i] += shares[r] * rows[r * n + i];
+  }
+}
+
 // --- what the machine can do ------------------------------------------------------------------------
 
 static float sum_of_bytes(const uint8_t* bytes, size_t n) {

@@ -18,6 +18,7 @@ static const Kernels kKernels = {
 #undef SCARLET_BLOCK
     kScratchFloats,
     silu_gate,
+    weighted_sum,
     sum_of_bytes,
     fma_chain,
 };

@@ -267,6 +267,30 @@ def test_ffn(qtypes, count):
     assert relative_l2(got, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("qtypes", [("Q4_K", "Q5_K", "Q6_K"), ("Q8_0", "F32", "IQ4_XS")])
+@pytest.mark.parametrize("count", [0, 1, 3, 40])
+def test_ffn_of_experts(qtypes, count):
+    """Any number of rows an expert, none for some; one that a row has twice counts twice."""
+    E, k, F, D, out = 5, 3, 256, 512, 21
+    shapes = [(E * F, D), (E * F, D), (E * out, F)]
+    rows = [rows_of(q, *shape) for q, shape in zip(qtypes, shapes, strict=True)]
+    ws = [QTensor(r.reshape(E, len(r) // E, -1), q) for r, q in zip(rows, qtypes, strict=True)]
+    gates, ups, downs = (
+        values_of(q, r).reshape(E, len(r) // E, -1) for q, r in zip(qtypes, rows, strict=True)
+    )
+    rng = np.random.default_rng(count)
+    x, ids = activations(count, D), rng.integers(0, E - 1, (count, k)).astype(np.int32)
+    x /= np.float32(np.abs(gates).max() * D**0.5)  # so that silu is tried around its bend
+    shares = rng.normal(size=(count, k)).astype(F32)
+    expected = np.zeros((count, out))
+    for m, slot in np.ndindex(count, k):
+        gate, up = (stack[ids[m, slot]] @ np.float64(x[m]) for stack in (gates, ups))
+        expected[m] += shares[m, slot] * (downs[ids[m, slot]] @ (gate / (1 + np.exp(-gate)) * up))
+    got = jax.jit(cpu.ffn_experts)(x, *ws, ids, shares)
+    assert got.shape == expected.shape
+    assert count == 0 or relative_l2(got, expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_experts(count, own):
@@ -408,6 +432,15 @@ def raw(name, result, *args, **attributes):
 
 F32 = jnp.float32
 BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
+SQUARE = np.zeros((256, 144), np.uint8)  # Q4_K (256, 256)
+
+
+def mixture(**changed) -> jax.Array:
+    """One row and its two experts, both the only one."""
+    w = QTensor(SQUARE[None], "Q4_K")
+    ids, shares = np.zeros((1, 2), np.int32), np.zeros((1, 2), F32)
+    arguments = {"gate": w, "up": w, "down": w, "ids": ids, "shares": shares} | changed
+    return cpu.ffn_experts(np.zeros((1, 256), F32), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -518,6 +551,18 @@ BLOCKS = np.zeros((7, 288), np.uint8)  # Q4_K (7, 512)
                 np.zeros((3, 512), F32), QTensor(BLOCKS[None], "Q4_K"), np.zeros((2, 1), np.int32)
             ),
             r"scarlet_qmatmul_experts: x is f32 \(3, 512\)",
+        ),
+        (
+            lambda: mixture(ids=np.array([[0, -1]], np.int32)),
+            "scarlet_ffn_experts: ids has -1: expected 0 to 0",
+        ),
+        (
+            lambda: mixture(shares=np.zeros((1, 3), F32)),
+            r"scarlet_ffn_experts: shares is f32 \(1, 3\): expected f32, of the shape of ids i32 \(1, 2\)",
+        ),
+        (
+            lambda: mixture(up=QTensor(np.stack([SQUARE, SQUARE]), "Q4_K")),
+            r"scarlet_ffn_experts: up is u8 \(2, 256, 144\): expected 1 experts, as gate has",
         ),
     ],
 )
