@@ -88,14 +88,16 @@ def _mix_at_once(
 def _mix_by_steps(
     w: Weights, x: Array, state: State, span: Span, cfg: config.Attention
 ) -> tuple[Array, State]:
-    q, gate = _queries(w, x, cfg)
+    q, k, v = linear_many(x, w.attn_q, w.attn_k, w.attn_v)
+    q, gate = _queries(w, q, cfg)
     angle = _angles(span.positions, cfg.rope)
     turn = {"adjacent": cfg.rope.kind == "norm", "magnitude": _magnitude(cfg.rope.scaling)}
     q = tap("Qcur", rope.rotate(q, angle, **turn))
 
-    v = tap("Vcur", _heads(tap("Vcur", linear(x, w.attn_v)), cfg.head_count_kv))
-    k = _heads(tap("Kcur", linear(x, w.attn_k)), cfg.head_count_kv)
-    k = _head_norm(k, w.attn_k_norm, cfg.layer_norm_rms_epsilon, "Kcur_normed")
+    v = tap("Vcur", _heads(tap("Vcur", v), cfg.head_count_kv))
+    k = _head_norm(
+        _heads(tap("Kcur", k), cfg.head_count_kv), w.attn_k_norm, cfg.layer_norm_rms_epsilon, "Kcur_normed"
+    )
     k = tap("Kcur", rope.rotate(k, angle, **turn))
     state = _store(state, k, v, span)
 
@@ -117,10 +119,9 @@ def _attend_by_steps(q: Array, k: Array, v: Array, slots: Array, cfg: config.Att
     return tap("kqv", ops.mix(probabilities, v))
 
 
-def _queries(w: Weights, x: Array, cfg: config.Attention) -> tuple[Array, Array | None]:
+def _queries(w: Weights, full: Array, cfg: config.Attention) -> tuple[Array, Array | None]:
     """Normed queries (B, T, N, H), and the output gate if there is one: the file interleaves them by head."""
-    full = tap("Qcur_full", linear(x, w.attn_q))
-    q, *gate = jnp.split(_heads(full, cfg.head_count), 2 if cfg.gated else 1, axis=-1)
+    q, *gate = jnp.split(_heads(tap("Qcur_full", full), cfg.head_count), 2 if cfg.gated else 1, axis=-1)
     q = _head_norm(tap("Qcur_reshaped", q), w.attn_q_norm, cfg.layer_norm_rms_epsilon, "Qcur_normed")
     return q, gate[0] if gate else None
 

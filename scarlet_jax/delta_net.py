@@ -96,9 +96,10 @@ def _mix_at_once(
 def _mix_by_steps(
     w: Weights, x: Array, state: State, span: Span, cfg: config.DeltaNet
 ) -> tuple[Array, State]:
-    qkv, history = _convolve(w, x, state.conv, span, cfg)
+    mixed, z, alpha, beta = linear_many(x, w.attn_qkv, w.attn_gate, w.ssm_alpha, w.ssm_beta)
+    qkv, history = _convolve(w, mixed, state.conv, span, cfg)
     q, k, v = _split_heads(qkv, cfg)
-    g, beta = _gates(w, x, span)
+    g, beta = _gates(w, alpha, beta, span)
 
     q, k = _by_value_head(q, k, cfg)
     memory = tap("state_predelta", state.memory)
@@ -116,7 +117,7 @@ def _mix_by_steps(
     )
     memory = tap("new_state", memory)
 
-    y = linear(_gated_norm(w, x, tap("attn_output", o), cfg), w.ssm_out)
+    y = linear(_gated_norm(w, z, tap("attn_output", o), cfg), w.ssm_out)
     return tap("linear_attn_out", y), State(history, memory)
 
 
@@ -131,10 +132,12 @@ def _rule_by_steps(q: Array, *arrays: Array, cfg: config.DeltaNet) -> tuple[Arra
     return rule(q, *arrays)
 
 
-def _convolve(w: Weights, x: Array, history: Array, span: Span, cfg: config.DeltaNet) -> tuple[Array, Array]:
-    """Project x to queries, keys and values, run the convolution over them, and keep its next history."""
+def _convolve(
+    w: Weights, mixed: Array, history: Array, span: Span, cfg: config.DeltaNet
+) -> tuple[Array, Array]:
+    """Run the convolution over queries, keys and values (B, T, C), and keep its next history."""
     history = tap("conv_states_reshaped", tap("conv_states", history))
-    mixed = tap("linear_attn_qkv_mixed", linear(x, w.attn_qkv))
+    mixed = tap("linear_attn_qkv_mixed", mixed)
     tap("qkv_mixed_transposed", mixed)  # a view in llama.cpp, which keeps time last here
     inputs = tap("conv_input", jnp.concatenate([history, mixed], axis=1))
     history = tap("conv_state_last", conv.history(inputs, span.count, cfg.conv_kernel))
@@ -163,18 +166,18 @@ def _by_value_head(q: Array, k: Array, cfg: config.DeltaNet) -> tuple[Array, Arr
     return q, k
 
 
-def _gates(w: Weights, x: Array, span: Span) -> tuple[Array, Array]:
+def _gates(w: Weights, alpha: Array, beta: Array, span: Span) -> tuple[Array, Array]:
     """Log decay g <= 0 and writing strength beta, (B, T, Hv); 0 for padding, so that it changes nothing."""
-    alpha = tap("alpha", linear(x, w.ssm_alpha))
+    alpha = tap("alpha", alpha)
     g = tap("gate", tap("a_softplus", jax.nn.softplus(alpha + w.ssm_dt_bias)) * w.ssm_a)
-    beta = tap("beta", linear(x, w.ssm_beta)[..., None])  # llama.cpp's (B, T, Hv, 1)
+    beta = tap("beta", beta[..., None])  # llama.cpp's (B, T, Hv, 1)
     beta = tap("beta_sigmoid", jax.nn.sigmoid(beta))[..., 0]
     real = span.real[:, :, None]
     return jnp.where(real, g, 0), jnp.where(real, beta, 0)
 
 
-def _gated_norm(w: Weights, x: Array, o: Array, cfg: config.DeltaNet) -> Array:
-    """Norm each value head of o (B, T, Hv, Dv), then gate it: (B, T, Hv Dv)."""
+def _gated_norm(w: Weights, z: Array, o: Array, cfg: config.DeltaNet) -> Array:
+    """Norm each value head of o (B, T, Hv, Dv), then gate it by z: (B, T, Hv Dv)."""
     normed = tap("norm", norm.rms(o, cfg.layer_norm_rms_epsilon)) * w.ssm_norm
-    z = tap("z", linear(x, w.attn_gate))
+    z = tap("z", z)
     return tap("final_output", normed.reshape(z.shape) * jax.nn.silu(z))

@@ -8,7 +8,7 @@ import jax
 
 from scarlet_jax import config, layers
 from scarlet_jax.ops import implementations
-from scarlet_jax.ops.matmul import is_bare, linear
+from scarlet_jax.ops.matmul import is_bare, linear, linear_many
 from scarlet_jax.taps import tap
 from scarlet_jax.types import Array, Weight
 
@@ -50,5 +50,6 @@ def _at_once(w: Weights, x: Array, *, cfg: config.Dense) -> Array:
 
 def _by_steps(w: Weights, x: Array, *, cfg: config.Dense) -> Array:
     del cfg
-    gate, up = tap("ffn_gate", linear(x, w.ffn_gate)), tap("ffn_up", linear(x, w.ffn_up))
+    gate, up = linear_many(x, w.ffn_gate, w.ffn_up)
+    gate, up = tap("ffn_gate", gate), tap("ffn_up", up)
     return tap("ffn_out", linear(tap("ffn_swiglu", jax.nn.silu(gate) * up), w.ffn_down))

@@ -126,6 +126,7 @@ def checks(plan: Plan) -> Iterator[tuple[str, Callable[[], float]]]:
     for qtype in plan.types:
         for rows in (1, 40):
             yield f"{qtype} x {rows}", lambda qtype=qtype, rows=rows: _product_error(qtype, rows)
+    yield "three products of one input", _products_error
     for tokens in (1, 100):
         yield f"delta rule, {tokens} tokens", lambda tokens=tokens: _delta_error(tokens)
     yield "attention over a cache", _attention_error
@@ -133,12 +134,26 @@ def checks(plan: Plan) -> Iterator[tuple[str, Callable[[], float]]]:
 
 def _product_error(qtype: str, rows: int) -> float:
     rng = np.random.default_rng(rows)
-    elements, size = block_size(qtype)
-    blocks = rng.integers(0, 256, (70, 512 // elements * size), np.uint8) & 0x3F  # no scale is then infinite
+    w, values = _weight(rng, qtype, 70)
     x = rng.standard_normal((rows, 512)).astype(np.float32)
-    weights = np.asarray(decode(jnp.asarray(blocks), qtype), np.float64)
-    got = jax.jit(gpu.qmatmul)(x, gpu.prepare(QTensor(blocks, qtype)))
-    return _distance(got, x.astype(float) @ weights.T)
+    return _distance(jax.jit(gpu.qmatmul)(x, w), x.astype(float) @ values.T)
+
+
+def _products_error() -> float:
+    """One token by weights of several sizes and types, in one launch."""
+    rng = np.random.default_rng(0)
+    sizes = (("Q4_K", 70), ("Q6_K", 6), ("Q8_0", 33))
+    ws, values = zip(*(_weight(rng, qtype, out) for qtype, out in sizes), strict=True)
+    x = rng.standard_normal((1, 512)).astype(np.float32)
+    got = jax.jit(gpu.qmatmul_many)(x, ws)
+    return max(_distance(y, x.astype(float) @ w.T) for y, w in zip(got, values, strict=True))
+
+
+def _weight(rng: np.random.Generator, qtype: str, out: int) -> tuple[Any, np.ndarray]:
+    """Random planes of (out, 512), and their values in float64."""
+    elements, size = block_size(qtype)
+    blocks = rng.integers(0, 256, (out, 512 // elements * size), np.uint8) & 0x3F  # no scale is then infinite
+    return gpu.prepare(QTensor(blocks, qtype)), np.asarray(decode(jnp.asarray(blocks), qtype), np.float64)
 
 
 def _delta_error(tokens: int) -> float:

@@ -10,6 +10,8 @@ have given the right answer once on the device at hand, `unavailable()` keeps th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -43,6 +45,11 @@ _pack = jax.jit(pack)
 
 def qmatmul(x: jax.Array, w: Weight) -> jax.Array:
     """`x @ w.T`: f32 (..., in), (out, in) of any kind -> f32 (..., out), without `w.scale`."""
-    if isinstance(w, QTensor):
-        w = prepare(w)
-    return products.qmatmul(x, w) if isinstance(w, Planes) else portable.qmatmul(x, w)
+    return qmatmul_many(x, [w])[0]
+
+
+def qmatmul_many(x: jax.Array, ws: Sequence[Weight]) -> list[jax.Array]:
+    """`[qmatmul(x, w) for w in ws]`: with a few rows of x, all packed weights by one kernel."""
+    ws = [prepare(w) if isinstance(w, QTensor) else w for w in ws]
+    packed = iter(products.qmatmul_many(x, [w for w in ws if isinstance(w, Planes)]))
+    return [next(packed) if isinstance(w, Planes) else portable.qmatmul(x, w) for w in ws]

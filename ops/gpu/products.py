@@ -1,15 +1,20 @@
 """Products with planes in Pallas: a matvec for up to eight rows, and a tiled matmul for more.
 
-Both decode a tile of weights in registers (`planes.part`) and never write it anywhere. Sums are f32.
+The matvec takes all weights of an input in one launch: a token's products are so short that starting a kernel
+would be a good part of them. Both decode a tile of weights in registers (`planes.part`) and never write it
+anywhere. Sums are f32.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -33,44 +38,77 @@ def qmatmul(x: jax.Array, w: Planes, *, activations: jax.typing.DTypeLike = jnp.
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def qmatmul_many(x: jax.Array, ws: Sequence[Planes]) -> list[jax.Array]:
+    """`[qmatmul(x, w) for w in ws]`, a few rows by one kernel."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if len(rows) > FEW or not ws:
+        return [qmatmul(x, w) for w in ws]
+    ys = backend.on_gpu(_few_on_gpu, _many_elsewhere, rows, *ws)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
 def elsewhere(x: jax.Array, w: Planes) -> jax.Array:
     """The product of x f32 (M, in) in plain XLA, from the same planes."""
     return einsum("mi,oi->mo", x, values(w))
 
 
+def _many_elsewhere(x: jax.Array, *ws: Planes) -> list[jax.Array]:
+    return [elsewhere(x, w) for w in ws]
+
+
 def _on_gpu(x: jax.Array, w: Planes, activations: jax.typing.DTypeLike) -> jax.Array:
-    stretches = w.d.shape[1]
-    filled = jnp.pad(x, ((0, 0), (0, stretches * PARTS * PART - x.shape[1])))
-    x = filled.reshape(len(x), stretches, PARTS, PART)
-    return _matvec(x, w) if len(x) <= FEW else _matmul(x, w, activations)
+    return _few_on_gpu(x, w)[0] if len(x) <= FEW else _matmul(_in_parts(x), w, activations)
 
 
-def _matvec(x: jax.Array, w: Planes) -> jax.Array:
-    """x f32 (M, stretches, PARTS, PART) -> f32 (M, out); a program for every few rows of the weight."""
-    batch, stretches = x.shape[:2]
-    out = w.shape[0]
-    rows, step = _power_of_two(min(ROWS, out)), _power_of_two(math.gcd(STRETCHES, stretches))
+def _few_on_gpu(x: jax.Array, *ws: Planes) -> list[jax.Array]:
+    return _matvec(_in_parts(x), ws)
 
-    def kernel(x_ref, w_refs, y_ref):
-        # The last program starts early rather than ending late: it writes some rows a second time.
-        first = jnp.minimum(pl.program_id(0) * rows, out - rows)
 
-        def add(i, sums):
-            at = (pl.ds(first, rows), pl.ds(i * step, step))
-            for p in range(PARTS):
-                weights = part(w_refs, at, p, w.qtype)
-                sums = [
-                    total + jnp.sum(weights * x_ref[m, pl.ds(i * step, step), p, :][None], axis=(1, 2))
-                    for m, total in enumerate(sums)
-                ]
-            return sums
+def _in_parts(x: jax.Array) -> jax.Array:
+    """x (M, in) -> (M, stretches, PARTS, PART), filled up with zeros."""
+    filled = jnp.pad(x, ((0, 0), (0, -x.shape[1] % (PARTS * PART))))
+    return filled.reshape(len(x), -1, PARTS, PART)
 
-        sums = lax.fori_loop(0, stretches // step, add, [jnp.zeros(rows, jnp.float32)] * batch)
-        for m, total in enumerate(sums):
-            y_ref[m, pl.ds(first, rows)] = total
 
-    run = backend.call(kernel, grid=(-(-out // rows),), out=jax.ShapeDtypeStruct((batch, out), jnp.float32))
-    return run(x, w)
+def _matvec(x: jax.Array, ws: Sequence[Planes]) -> list[jax.Array]:
+    """x f32 (M, stretches, PARTS, PART) -> f32 (M, out) each; a program for every few rows of a weight."""
+    rows = [_power_of_two(min(ROWS, w.shape[0])) for w in ws]
+    ends = np.cumsum([-(-w.shape[0] // n) for w, n in zip(ws, rows, strict=True)]).tolist()
+
+    def kernel(x_ref, w_refs, *y_refs):
+        program = pl.program_id(0)
+        for i, w in enumerate(ws):
+            begin = ends[i - 1] if i else 0
+            sums = functools.partial(_sum_rows, x_ref, w_refs[i], y_refs[i], w, program - begin, rows[i])
+            if len(ws) == 1:
+                sums()
+            else:
+                pl.when((program >= begin) & (program < ends[i]))(sums)
+
+    results = tuple(jax.ShapeDtypeStruct((len(x), w.shape[0]), jnp.float32) for w in ws)
+    return list(backend.call(kernel, grid=(ends[-1],), out=results)(x, tuple(ws)))
+
+
+def _sum_rows(x_ref: Any, w_refs: Any, y_ref: Any, w: Planes, number: Any, rows: int) -> None:
+    """The `number`-th few rows of a weight, times every row of x."""
+    out, (batch, stretches) = w.shape[0], x_ref.shape[:2]
+    step = _power_of_two(math.gcd(STRETCHES, stretches))
+    # The last program starts early rather than ending late: it writes some rows a second time.
+    first = jnp.minimum(number * rows, out - rows)
+
+    def add(i, sums):
+        at = (pl.ds(first, rows), pl.ds(i * step, step))
+        for p in range(PARTS):
+            weights = part(w_refs, at, p, w.qtype)
+            sums = [
+                total + jnp.sum(weights * x_ref[m, pl.ds(i * step, step), p, :][None], axis=(1, 2))
+                for m, total in enumerate(sums)
+            ]
+        return sums
+
+    sums = lax.fori_loop(0, stretches // step, add, [jnp.zeros(rows, jnp.float32)] * batch)
+    for m, total in enumerate(sums):
+        y_ref[m, pl.ds(first, rows)] = total
 
 
 def _matmul(x: jax.Array, w: Planes, activations: jax.typing.DTypeLike) -> jax.Array:

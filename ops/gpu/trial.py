@@ -39,6 +39,9 @@ def _try() -> str | None:
     return None
 
 
+_TYPES = (("Q8_0", 2 * 34), ("Q4_0", 2 * 18))  # and bytes of a row of 64
+
+
 def _samples() -> Iterator[tuple[Callable, Callable, tuple]]:
     """A kernel, the same in plain XLA, and arguments for both."""
     rng = np.random.default_rng(0)
@@ -46,9 +49,14 @@ def _samples() -> Iterator[tuple[Callable, Callable, tuple]]:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
-    w = pack(QTensor(rng.integers(0, 256, (64, 2 * 34), np.uint8) & 0x3F, "Q8_0"))
+    w, other = (pack(QTensor(rng.integers(0, 256, (64, n), np.uint8) & 0x3F, t)) for t, n in _TYPES)
     for rows in (1, products.FEW + 1):
         yield products.qmatmul, products.elsewhere, (normal(rows, w.shape[1]), w)
+    yield (
+        products.qmatmul_many,
+        lambda x, ws: [products.elsewhere(x, w) for w in ws],
+        (normal(1, w.shape[1]), (w, other)),
+    )
     for tokens, rule in ((1, gated_delta.recurrent), (mixers.FEW + 1, gated_delta.chunked)):
         q, k, v = (0.1 * normal(1, tokens, 2, 32) for _ in range(3))
         gates = -np.abs(normal(1, tokens, 2)), 1 / (1 + normal(1, tokens, 2) ** 2)

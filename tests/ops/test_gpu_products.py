@@ -102,6 +102,22 @@ def test_product_of_any_type(qtype):
     assert relative_l2(got, x.astype(float) @ values.T.astype(float)) <= TOLERANCE
 
 
+many = jax.jit(lambda x, ws: gpu.qmatmul_many(x, ws), compiler_options=QUICKLY)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])
+def test_products_of_one_input(batch):
+    """Weights of several types and sizes, one that is no multiple of a program's rows, and one that is not packed."""
+    sizes = {"Q4_K": 13, "Q6_K": 3, "Q8_0": 1, "IQ4_XS": 8}
+    ws, values = zip(*(weight(q, out, 768 // block_size(q)[0]) for q, out in sizes.items()), strict=True)
+    plain = activations(5, 768)
+    x = activations(batch, 768)
+    with gpu.mode("interpreted"):
+        got = many(x, [*ws[:2], plain, *ws[2:]])
+    for y, w in zip(got, [*values[:2], plain, *values[2:]], strict=True):
+        assert relative_l2(y, x.astype(float) @ w.T.astype(float)) <= TOLERANCE
+
+
 def test_bf16_activations():
     w, values = weight("Q4_K", out=70, blocks=3)
     x = activations(19, values.shape[1])
@@ -127,6 +143,16 @@ def test_lowers_for_cuda_as_one_kernel(qtype, batch):
     text = lowered(products.qmatmul, "cuda", activations(batch, w.shape[1]), w)
     assert text.count(gpu.CUSTOM_CALL) == 1
     assert "stablehlo.dot_general" not in text  # nothing is left to XLA
+
+
+def test_products_of_one_input_lower_for_cuda_as_one_kernel():
+    ws = [hollow(weight(q, out, blocks=3)[0]) for q, out in (("Q4_K", 37), ("Q6_K", 5), ("Q5_K", 1))]
+    x = activations(1, ws[0].shape[1])
+    text = lowered(products.qmatmul_many, "cuda", x, ws)
+    assert text.count(gpu.CUSTOM_CALL) == 1
+    assert "stablehlo.dot_general" not in text
+    assert lowered(products.qmatmul_many, "cuda", np.tile(x, (9, 1)), ws).count(gpu.CUSTOM_CALL) == 3
+    assert gpu.CUSTOM_CALL not in lowered(products.qmatmul_many, "tpu", x, ws)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cpu"])
@@ -155,6 +181,21 @@ def on_a_gpu():
     model = models.model(models.PACKABLE, "Q4_K_M")
     with gpu.mode("elsewhere"):
         return model, jax.eval_shape(lambda w: implementations.prepared(w, "gpu"), model.weights)
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["delta net", "attention"])
+def test_a_layer_is_five_launches_a_token(layer, on_a_gpu):
+    """The mixer's projections, what is between them, the last of them; gate and up; down."""
+    model, weights = on_a_gpu
+    state = model.init_state()
+    x = np.zeros((1, 1, model.config.embedding_length), np.float32)
+
+    def run_layer(w, x, state, length):
+        span = engine.Span.text(length, jnp.ones(1, jnp.int32), 1)
+        return engine._run_block(w, x, state, span, model.config.blocks[layer], False, "gpu")
+
+    text = lowered(run_layer, "cuda", weights.blocks[layer], x, state.blocks[layer], state.length)
+    assert text.count(gpu.CUSTOM_CALL) == 5
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
