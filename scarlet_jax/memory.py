@@ -1,9 +1,9 @@
 """How much of a device's memory a model takes, known from a file's header before any of it is read.
 
-Weights and state are counted by their shapes as they will be held. What a prompt's activations take is asked of
-the compiler: of one block of each kind, as the engine runs them one after another, on shapes alone and in the
-portable code, whatever will run in the end. Devices round sizes up and keep a
-little for themselves; that is not in these figures.
+Weights and state are counted by their shapes as they will be held. What computing takes beside them is asked of
+the compiler, on shapes alone: of the very programs that a prompt and a token run here. For a GPU that is not here
+they are those of the portable code. Devices round sizes up and keep a little for themselves; that is not in these
+figures, nor is what the CPU kernels hold on their own, a few megabytes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,27 @@ class Need:
 
 
 def need(
-    weights: model.Weights, cfg: config.Config, *, batch: int, context: int, kv_dtype: Any, planes: bool
+    weights: model.Weights,
+    cfg: config.Config,
+    *,
+    batch: int,
+    context: int,
+    kv_dtype: Any,
+    planes: bool,
+    implementation: str = "auto",
 ) -> Need:
     """What `batch` sequences of `context` tokens take; `planes`: with packed weights as a GPU holds them."""
-    state = jax.eval_shape(lambda: model.init_state(cfg, batch, model.bucket(context), kv_dtype))
-    return Need(
-        weight_bytes(weights, planes=planes), _bytes(state), _workspace(weights, cfg, batch, context, state)
+    if planes and gpu.unavailable():
+        implementation = "portable"
+    slots = model.bucket(context)
+    state, smaller = (
+        jax.eval_shape(lambda n=n: model.init_state(cfg, batch, n, kv_dtype)) for n in (slots, slots // 2)
     )
+    held = jax.eval_shape(lambda w: implementations.prepared(w, implementation), weights)
+    longest = min(model.PIECE, 1 << (context - 1).bit_length())
+    workspaces = [_bytes(smaller)] if slots > model.SLOTS else []  # a cache that grows is there twice
+    workspaces += [_workspace(held, cfg, tokens, state, implementation) for tokens in {longest, 1}]
+    return Need(weight_bytes(weights, planes=planes), _bytes(state), max(workspaces))
 
 
 def check(needed: Need, limit: int, what: str) -> None:
@@ -71,23 +85,47 @@ def weight_bytes(weights: model.Weights, *, planes: bool) -> int:
         return _bytes(jax.eval_shape(lambda w: implementations.prepared(w, form), once))
 
 
-def _workspace(weights: model.Weights, cfg: config.Config, batch: int, context: int, state: Any) -> int:
-    """The most that a block's program takes beside its arguments; the stream before and after it, and logits."""
-    tokens = min(model.PIECE, 1 << (context - 1).bit_length())
-    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    x = jax.ShapeDtypeStruct((batch, tokens, cfg.embedding_length), jnp.float32)
+def _workspace(
+    weights: model.Weights, cfg: config.Config, tokens: int, state: model.State, implementation: str
+) -> int:
+    """What a stretch of `tokens` of each sequence takes beside weights and state: in one program, or in several."""
+    ids = jax.ShapeDtypeStruct((len(state.length), tokens), jnp.int32)
+    last = jax.ShapeDtypeStruct((len(ids), cfg.embedding_length), jnp.float32)
+    if model.has_layer_kernels(implementation):
+        run = model.last_logits_in_place
+        return _beside(
+            run, weights, ids, state.length, state, last, None, cfg, implementation, of=(ids, last)
+        )
+    return max(
+        _blocks(weights, cfg, tokens, state, implementation),
+        _beside(model.head, weights.output_norm, weights.output, last, 1e-6, False, implementation, of=last),
+    )
+
+
+def _blocks(
+    weights: model.Weights, cfg: config.Config, tokens: int, state: model.State, implementation: str
+) -> int:
+    """The most that a block's program takes: one of each kind is asked."""
+    row = state.length
+    x = jax.ShapeDtypeStruct((len(row), tokens, cfg.embedding_length), jnp.float32)
     span = jax.eval_shape(lambda start, count: Span.text(start, count, tokens), row, row)
     kinds = {}
-    for part in zip(jax.eval_shape(lambda w: w, weights.blocks), cfg.blocks, state.blocks, strict=True):
+    for part in zip(weights.blocks, cfg.blocks, state.blocks, strict=True):
         leaves, structure = jax.tree.flatten(part[0])
         kinds[part[1], structure, *((leaf.shape, leaf.dtype) for leaf in leaves)] = part
-    temporary = 0
-    for w, block, block_state in kinds.values():
-        program = model.run_block_in_place.lower(w, x, block_state, span, block, False, "portable").compile()
-        plan = program.memory_analysis()
-        assert plan is not None
-        temporary = max(temporary, plan.temp_size_in_bytes)
-    return temporary + 2 * _bytes(x) + 4 * batch * cfg.vocabulary_size
+    run = model.run_block_in_place
+    return max(
+        _beside(run, w, x, held, span, block, False, implementation, of=(x, span))
+        for w, block, held in kinds.values()
+    )
+
+
+def _beside(program: Any, *arguments: Any, of: Any) -> int:
+    """Bytes that a jitted function takes: those arguments, what it gives that is no argument's, what it works in."""
+    plan = program.lower(*arguments).compile().memory_analysis()
+    assert plan is not None
+    given = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return _bytes(of) + given + plan.temp_size_in_bytes
 
 
 def _bytes(tree: Any) -> int:

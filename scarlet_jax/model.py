@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import os
 import re
 from collections import OrderedDict
@@ -195,12 +196,13 @@ def trunk(
     of a prediction model take beside them. `implementation` as in `ops.implementations`.
     """
     arguments = (weights, tokens, count, state, positions, hidden, cfg, tapped, implementation)
-    if tapped or not _has_layer_kernels(implementation):
+    if tapped or not has_layer_kernels(implementation):
         return _run_trunk(*arguments, run_block_in_place if in_place else run_block)
     return (trunk_program_in_place if in_place else _trunk_program)(*arguments)
 
 
-def _has_layer_kernels(implementation: str) -> bool:
+def has_layer_kernels(implementation: str) -> bool:
+    """Whether all layers are kernels, so that all of a model is one program."""
     with implementations.use(implementation):
         return all(implementations.offered(operation) for operation in ("attention", "delta_net", "ffn"))
 
@@ -247,9 +249,9 @@ def last_logits(
     One program, since each start of one costs the threads that compute about as much as a small layer.
     """
     arguments = (weights, tokens, count, state, before, positions, cfg, implementation)
-    if not _has_layer_kernels(implementation):
+    if not has_layer_kernels(implementation):
         return _last_logits(*arguments, run_block_in_place if in_place else run_block)
-    return (_last_logits_in_place if in_place else _last_logits_program)(*arguments)
+    return (last_logits_in_place if in_place else _last_logits_program)(*arguments)
 
 
 def _last_logits(weights, tokens, count, state, before, positions, cfg, implementation, step=run_block):
@@ -261,7 +263,7 @@ def _last_logits(weights, tokens, count, state, before, positions, cfg, implemen
 
 _jit_last_logits = functools.partial(jax.jit, static_argnames=("cfg", "implementation"))
 _last_logits_program = _jit_last_logits(_last_logits)
-_last_logits_in_place = _jit_last_logits(_last_logits, donate_argnames="state")
+last_logits_in_place = _jit_last_logits(_last_logits, donate_argnames="state")
 
 
 def forward(weights, tokens, state, cfg) -> tuple[Array, State]:
@@ -340,9 +342,14 @@ class Programs:
         return _decode_program(self.weights, *arguments, self._cfg, block, self._implementation)
 
     @functools.cache  # noqa: B019 - tracing a state takes longer than a token; lives as long as the model
+    def leaf_shapes(self, *state: Any) -> list[tuple[int, ...]]:
+        """The shape of each array of `init_state(*state)`."""
+        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.init_state(*state)))]
+
+    @functools.cache  # noqa: B019 - as above
     def leaf_sizes(self, *state: Any) -> list[int]:
-        """Elements of each array of `init_state(*state)`."""
-        return [leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: self.init_state(*state)))]
+        """Its elements."""
+        return [math.prod(shape) for shape in self.leaf_shapes(*state)]
 
 
 class SpreadPrograms(Programs):
@@ -667,7 +674,7 @@ class Model:
         """
         if jax.default_backend() != "cpu":
             return BLOCK
-        if isinstance(self.programs, SpreadPrograms) or not _has_layer_kernels(self.implementation):
+        if isinstance(self.programs, SpreadPrograms) or not has_layer_kernels(self.implementation):
             return 1
         return min(BLOCK, max(1, BYTES_BETWEEN_LOOKS // self.weight_bytes_per_token))
 
@@ -748,11 +755,10 @@ class Model:
     def _grown(self, state: State, needed: int) -> State:
         """`state` with room for `needed` tokens a sequence, its caches copied into larger ones if need be."""
         size = (len(state.length), bucket(needed), self.kv_dtype)
-        sizes = self.programs.leaf_sizes(*size)
-        if all(new <= old.size for new, old in zip(sizes, jax.tree.leaves(state), strict=True)):
+        leaves, structure = jax.tree.flatten(state)
+        if all(new <= old.size for new, old in zip(self.programs.leaf_sizes(*size), leaves, strict=True)):
             return state
-        copy = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)  # noqa: E731
-        return jax.tree.map(copy, self.programs.init_state(*size), state)
+        return jax.tree.unflatten(structure, map(_extended, leaves, self.programs.leaf_shapes(*size)))
 
     def _trunk(self, piece: Piece, state: State, **options: Any) -> Traced:
         return self.programs.trunk(piece.tokens, piece.count, state, positions=piece.positions, **options)
@@ -763,6 +769,12 @@ class Model:
 
 def _nbytes(weights: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+
+
+def _extended(array: Array, shape: tuple[int, ...]) -> Array:
+    """With zeros after the end of each axis that is longer in `shape`: an empty cache is zeros."""
+    more = [max(0, new - old) for new, old in zip(shape, array.shape, strict=True)]
+    return jnp.pad(array, [(0, n) for n in more]) if any(more) else array
 
 
 def bucket(slots: int) -> int:

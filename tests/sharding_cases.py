@@ -63,6 +63,19 @@ def test_eight_devices_compute_what_one_does(name):
         compare_decoding(*pair)
 
 
+def test_a_cache_grows_on_every_device():
+    """Past the smallest cache's slots, by a prompt and by tokens made on the devices."""
+    ids = models.tokens(SHAPES["llama"], 300)
+    after, made = [], []
+    for mesh in (1, 2):
+        model = scarlet_jax.load(models.path(SHAPES["llama"]), mesh=mesh)
+        _, state = model.last_logits(ids[:250])
+        made.append(list(generate(model, ids[:250], max_tokens=20, stop=(), block=4)))
+        after.append(model.last_logits(ids[250:], state)[0])
+    assert relative_l2(after[1], after[0]) < TOLERANCE
+    assert made[0] == made[1]
+
+
 def test_positions_of_an_image_on_two_devices():
     """A prompt with a square of 3 x 3 in it, and text after it."""
     positions = np.concatenate([np.indices((1, 3, 3)).reshape(3, -1), np.full((3, 1), 3)], axis=1)

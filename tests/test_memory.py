@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ import scarlet_jax
 from scarlet_jax import memory
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import gpu, implementations
+from scarlet_jax.ops.implementations import IMPLEMENTATIONS
 from scarlet_jax.tools.cli import main
 from scarlet_jax.tools.inspect import parse_size
 
@@ -41,10 +46,64 @@ def test_weights_and_state_are_those_allocated():
 def test_the_workspace_grows_as_what_is_computed_does():
     """At least what a block holds at once by its definition: two tables of scores, or gate, up and their product."""
     model = models.model(SHAPE, "Q8_0", implementation="portable")
-    short, long = (need(model.weights, model.config, context=n).workspace for n in (64, 512))
+    options = {"implementation": "portable"}
+    short, long = (need(model.weights, model.config, context=n, **options).workspace for n in (64, 512))
     assert short >= 4 * BATCH * 64 * (256 * SHAPE.head_count + 2 * SHAPE.embedding_length)
     assert long >= 4 * BATCH * 512 * (512 * SHAPE.head_count + 3 * SHAPE.feed_forward_length)
     assert long > 4 * short
+
+
+IN_A_PROCESS = """
+import re, sys
+import jax, scarlet_jax
+
+def resident(which):
+    return 1024 * int(re.search(which + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+model = scarlet_jax.load(sys.argv[1], implementation="portable")
+state = jax.block_until_ready(model.init_state(1, int(sys.argv[2])))
+before = resident("VmRSS")
+jax.block_until_ready(model.last_logits([7] * 512, state, consume=True))
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.hours
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read off /proc")
+def test_the_workspace_is_what_a_process_takes(tmp_path):
+    """What a longer context adds, within 5 %: a process takes some for its programs, whatever they compute."""
+    shape = dataclasses.replace(SHAPE, context_length=65536, head_count=8)
+    model = models.model(shape, "Q8_0", implementation="portable")
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    predicted, taken = [], []
+    for context in (32768, 65536):
+        needed = need(model.weights, model.config, batch=1, context=context, implementation="portable")
+        command = [sys.executable, "-c", IN_A_PROCESS, str(models.path(shape, "Q8_0")), str(context)]
+        for _ in ("compiles", "does not"):
+            done = subprocess.run(command, env=environment, capture_output=True, check=True)
+        predicted.append(needed.workspace)
+        taken.append(int(done.stdout))
+    assert taken[1] - taken[0] == pytest.approx(predicted[1] - predicted[0], rel=0.05)
+    assert taken[1] == pytest.approx(predicted[1], rel=0.05)
+
+
+def test_kernels_need_little_to_work_in():
+    """Scores and decoded weights, which the portable code has whole, are nowhere at once where layers are kernels."""
+    if IMPLEMENTATIONS["cpu"].unavailable():
+        pytest.skip("there are no kernels")
+    model = models.model(SHAPE, "Q8_0")
+    kernels, portable = (
+        need(model.weights, model.config, context=2048, implementation=name).workspace
+        for name in ("cpu", "portable")
+    )
+    assert kernels < portable / 5
+
+
+def test_a_cache_that_grows_is_there_twice():
+    """The old one is half of the new."""
+    model = models.model(SHAPE, "Q8_0")
+    needed = need(model.weights, model.config, context=4096, batch=8)
+    assert needed.workspace >= nbytes(model.init_state(8, 2048))
 
 
 def test_what_is_tied_is_counted_once():
