@@ -43,9 +43,10 @@ def load(path: str | Path, *, mesh: int | Mesh = 1, **options: Any) -> Model:
     arch = configs.find(file.architecture)
     cfg = arch.config(file.metadata)
     _check_room(file, arch, cfg, mesh)
-    if mesh == 1:
+    if mesh == 1 and jax.default_backend() == "cpu":
         return Model(file, cfg, weights(file, arch, cfg), **options)
-    model = Model(file, cfg, weights(file, arch, cfg, mapped=True), mesh=sharding.mesh_of(mesh), **options)
+    among = None if mesh == 1 else sharding.mesh_of(mesh)
+    model = Model(file, cfg, weights(file, arch, cfg, mapped=True), mesh=among, **options)
     for tensor in file.tensors.values():
         tensor.release()
     return model

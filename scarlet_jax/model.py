@@ -39,6 +39,8 @@ from scarlet_jax import (
 )
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import implementations, matmul, norm
+from scarlet_jax.ops.gpu.planes import Planes
+from scarlet_jax.ops.qtensor import QTensor
 from scarlet_jax.span import Span
 from scarlet_jax.taps import collect, tap
 from scarlet_jax.types import Array, Weight
@@ -314,7 +316,9 @@ class Programs:
 
     def __init__(self, cfg: config.Config, weights: Weights, implementation: str) -> None:
         self._cfg, self._implementation = cfg, implementation
-        self.weights = implementations.prepared(weights, implementation)
+        # One after another, so that no more than one matrix is on the device in both forms.
+        one = lambda prepare, w: jax.block_until_ready(prepare(w))  # noqa: E731
+        self.weights = _placed(implementations.prepared(weights, implementation, one))
 
     def init_state(self, batch: int, slots: int, kv_dtype: Any) -> State:
         """As the function of that name."""
@@ -350,6 +354,18 @@ class Programs:
     def leaf_sizes(self, *state: Any) -> list[int]:
         """Its elements."""
         return [math.prod(shape) for shape in self.leaf_shapes(*state)]
+
+
+def _placed(weights: Weights) -> Weights:
+    """Weights of the host on the device, each once: a tied head stays tied."""
+    seen: dict[int, Any] = {}
+
+    def place(w: Any) -> Any:
+        if id(w) not in seen:
+            seen[id(w)] = jax.device_put(w)
+        return seen[id(w)]
+
+    return jax.tree.map(place, weights, is_leaf=lambda w: isinstance(w, QTensor | Planes))
 
 
 class SpreadPrograms(Programs):

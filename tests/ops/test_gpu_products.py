@@ -5,6 +5,8 @@ That they are the right program is shown here; that a GPU's compiler takes it, a
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import models
@@ -14,7 +16,9 @@ from jax import export
 from support import relative_l2
 from support_blocks import QTYPES, by_gguf_py, random_blocks, with_scale
 
+from scarlet_jax import configs, gguf
 from scarlet_jax import model as engine
+from scarlet_jax.load import weights as load_weights
 from scarlet_jax.ops import gpu, implementations
 from scarlet_jax.ops.gpu import planes, products
 from scarlet_jax.ops.matmul import embed
@@ -181,6 +185,36 @@ def on_a_gpu():
     model = models.model(models.PACKABLE, "Q4_K_M")
     with gpu.mode("elsewhere"):
         return model, jax.eval_shape(lambda w: implementations.prepared(w, "gpu"), model.weights)
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["from the host", "from the device"])
+def test_what_is_on_the_device_while_a_model_is_packed(mapped, monkeypatch):
+    """Its planes and one matrix of the file, where weights come from the host, as `load` has it on a GPU."""
+    shape = dataclasses.replace(models.PACKABLE, block_count=2, tied=True)
+    file = gguf.read(models.path(shape, "Q8_0"))
+    arch = configs.find(file.architecture)
+    cfg = arch.config(file.metadata)
+    prepare, held = gpu.prepare, []
+
+    def bytes_held() -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def watched(w):
+        done = prepare(w)
+        held.append(bytes_held() - before)
+        return done
+
+    monkeypatch.setattr(gpu, "prepare", watched)
+    before = bytes_held()
+    with gpu.mode("interpreted"):
+        weights = load_weights(file, arch, cfg, mapped=mapped)
+        model = engine.Model(file, cfg, weights, implementation="gpu")
+    assert model.weights.output is model.weights.token_embd
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(model.weights)}.values()
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    packed = sum(leaf.nbytes for leaf in leaves)
+    largest = max(tensor.data.nbytes for tensor in file.tensors.values())
+    assert (max(held) <= packed + largest) == mapped
 
 
 @pytest.mark.parametrize("layer", [0, 1], ids=["delta net", "attention"])
