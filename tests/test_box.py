@@ -67,7 +67,10 @@ def test_greedy_continuations(model, prompt):
     expected = CONTINUATIONS[prompt]
     start = [tokenizer.ids[text.END], *tokenizer.encode(prompt)]
     count = len(tokenizer.encode(expected))
-    assert tokenizer.decode(model.generate(start, max_tokens=count, temperature=0)) == expected
+    found = tokenizer.decode(model.generate(start, max_tokens=count, temperature=0))
+    # Rounded products give a long story another turn where two tokens are close.
+    same = 200 if model.implementation == "cpu-fast" else len(expected)
+    assert found[:same] == expected[:same]
 
 
 # --- What it can do, in every mode --------------------------------------------------------------------------
@@ -118,9 +121,11 @@ def test_answers_are_as_exact_and_as_likely_as_in_truth(model, mode, examples):
     for logits, some, expected in zip(MODES[mode](model, rows), turns, truth, strict=True):
         found = scored(logits, some)
         assert [turn.exact for turn in found] == [turn.exact for turn in expected]
-        # f32 logits of order ten, 2e-5 of them where products are fast: 1e-4 a token at the very most.
+        # f32 logits of order ten; the fast mode rounds a product to half a percent, of which little is left in a sum
+        # over the tokens of a turn.
+        rel, abs_ = (2e-3, 1e-2) if model.implementation == "cpu-fast" else (1e-4, 1e-3)
         assert [turn.nats for turn in found] == pytest.approx(
-            [turn.nats for turn in expected], rel=1e-4, abs=1e-3
+            [turn.nats for turn in expected], rel=rel, abs=abs_
         )
 
 

@@ -4,8 +4,8 @@ With --against llama.cpp the two engines take turns within this run, so that a m
 unfair to neither; figures are medians. llama.cpp runs as it does by default (flash attention, F16 cache),
 with as many threads. A prebuilt wheel of it is a quarter slower than a native build: give --lib one.
 
-With --precision fast the logits after the prompt are compared with those of the exact mode, so that what the
-speed costs stands beside it.
+With --precision fast the logits after the prompt, ours and the other engine's, are compared with those of the
+exact mode, so that what the speed costs stands beside it.
 
 example: scarlet bench model.gguf -p 512 -n 64 --against llama.cpp --lib libllama.so --json bench.json
 """
@@ -58,6 +58,10 @@ class Engine(Protocol):
 
     at_a_time: int  # tokens of a `decode`
 
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Start over with these tokens -> logits of the next one, f32 (V,)."""
+        ...
+
     def prefill(self, tokens: Sequence[int]) -> int:
         """Start over with these tokens -> the next one."""
         ...
@@ -80,12 +84,15 @@ class Ours:
         self._key = jax.random.key(0)
         self._state: Any = None
 
-    def prefill(self, tokens: Sequence[int]) -> int:
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Start over, with a cache for all that will come."""
-        logits, self._state = self._model.last_logits(
-            tokens, self._model.init_state(1, self._slots), consume=True
-        )
-        return int(sampling.most_likely(logits))
+        empty = self._model.init_state(1, self._slots)
+        logits, self._state = self._model.last_logits(tokens, empty, consume=True)
+        return np.asarray(logits)
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """Start over."""
+        return int(self.logits(tokens).argmax())
 
     def decode(self, token: int) -> int:
         """Go on."""
@@ -116,10 +123,14 @@ class LlamaCpp:
         )
         self.name = f"llama.cpp ({lib or 'xllamacpp'})"
 
-    def prefill(self, tokens: Sequence[int]) -> int:
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Start over."""
         self._engine.clear()
-        return int(self._engine.decode(tokens, last=True)[0].argmax())
+        return self._engine.decode(tokens, last=True)[0]
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """Start over."""
+        return int(self.logits(tokens).argmax())
 
     def decode(self, token: int) -> int:
         """Go on."""
@@ -172,7 +183,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     times, bandwidth = _alternate(jobs, lambda: _read_bandwidth(probe), args.repeat)
 
     if args.precision != "exact":
-        ours["error"] = error_of_precision(model, prompt)
+        for figures, error in zip((ours, reference), errors(engines, model, prompt), strict=False):
+            figures["error"] = error
     weight_bytes = model.weight_bytes_per_token
     for figures, engine_times in zip((ours, reference), times, strict=False):
         prefill_s, decode_s, verify_s = map(statistics.median, zip(*engine_times, strict=True))
@@ -238,11 +250,11 @@ def _read_bandwidth(probe: np.ndarray) -> float:
     return probe.nbytes / (time.perf_counter() - began)
 
 
-def error_of_precision(model: Model, prompt: Sequence[int]) -> float:
-    """Relative L2 distance of the logits after the prompt from those of the same weights in exact mode."""
+def errors(engines: Sequence[Engine], model: Model, prompt: Sequence[int]) -> list[float]:
+    """Relative L2 distance of each engine's logits after the prompt from those of exact mode."""
     exact = Model(model.gguf, model.config, model.weights, kv_dtype=model.kv_dtype, implementation="auto")
-    ours, truth = (np.asarray(m.last_logits(prompt)[0], np.float64) for m in (model, exact))
-    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+    truth = np.asarray(exact.last_logits(prompt)[0], np.float64)
+    return [float(np.linalg.norm(e.logits(prompt) - truth) / np.linalg.norm(truth)) for e in engines]
 
 
 def _fresh_process(path: Any, backend: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="exact",
-        help="fast: prompts with activations of 16 bits, where the processor has AVX-512 VNNI (exact)",
+        help="fast: activations of 8 bits, where the processor has AVX-512 VNNI (exact)",
     )
     running.add_argument(
         "--kv-dtype", choices=KV_DTYPES, default="f32", help="of attention's keys and values (f32)"

@@ -6,10 +6,11 @@ of threads. The best instruction set of the machine is chosen at load;
 SCARLET_CPU_ISA=amx|avx512|avx2|generic forces one, and SCARLET_THREADS sets how many threads share the work
 (all cores by default).
 
-`fast` (opt-in; as an implementation, `ops.cpu.fast`) rounds the activations of products with many rows to 16
-bits, a scale for each 256 of them, where the processor has AVX-512 VNNI and the format one scale for 256
-weights; all else stays exact. About 2e-5 of relative error for up to twice the speed. With AMX it takes two
-bf16 for each number instead, of activations and of weights of any format: about 5e-6.
+`fast` (opt-in; as an implementation, `ops.cpu.fast`) rounds activations to 8 bits, a scale for each sub-block
+of weights (16 or 32 elements), where the processor has AVX-512 VNNI and rows are whole 256s of a quantised format;
+all else stays exact. About 5e-3 of relative error a product, half of what a scale for each 256 costs, for up to
+2.5 times the speed. With AMX it takes two bf16 for each number of more than four rows instead, of activations and
+of weights of any format: about 5e-6.
 
 All functions are for jit and vmap; the products have gradients too.
 """
@@ -87,7 +88,7 @@ def set_threads(count: int) -> None:
 
 
 def rounds(qtype: str) -> bool:
-    """Whether products with many rows by that type round the activations in the fast mode, on this machine."""
+    """Whether the fast mode rounds the activations that such weights multiply, on this machine."""
     return bool(_library().scarlet_rounds(qtype.encode()))
 
 

@@ -1,10 +1,9 @@
-// The fast mode of products with many rows: activations of 16 bits, weights as they are.
+// The fast mode of products: activations of 8 bits, weights as they are.
 //
-// A block of 256 weights is d times whole numbers of at most thirteen bits and a sign (sub-block scale times
-// quant), less, in some types, dmin times minimums. A row of x becomes, 256 elements at a time, a scale times
-// 16-bit integers. Products of the two are summed exactly, in 32 bits, by the instructions of AVX-512 VNNI,
-// twice as many at a time as of f32; the minimums multiply exact sums of x. What is lost is x's rounding:
-// 2^-16 of the largest |x| of each 256.
+// A row of x becomes, for each sub-block of weights that share a factor (16 or 32, as a rule), a scale times
+// whole numbers of at most 127. A weight is a factor times a byte, less, in some types, a minimum. Products of
+// the two are summed exactly, in 32 bits, four to a lane, by the instructions of AVX-512 VNNI: what is lost is
+// x's rounding, half a 127th of the largest |x| of each sub-block, and sums are then f32 as in exact mode.
 #pragma once
 
 #include <cstdint>
@@ -15,20 +14,15 @@ namespace scarlet {
 
 constexpr int kFastTileRows = 64;  // rows of weights that a task takes
 
-// Rows of x, ready for every weight that they meet.
-struct FastRows {
-  int64_t count, elements;
-  int16_t* quants;  // (count, elements)
-  float* scales;    // (count, elements / 256)
-  float* sums;      // (count, elements / 16): of 16 elements each
-};
-
 struct FastKernels {
-  bool (*covers)(QType type);  // types of 256 elements with one d
-  void (*quantise)(const float* x, int64_t row, const FastRows& rows);
-  // As MultiplyFn, but with `rows` in place of p.x; decodes by `exact`. At most kFastTileRows of p.rows.
-  void (*multiply)(const Kernels& exact, QType type, const Product& p, const FastRows& rows, float* scratch);
-  size_t (*scratch_floats)(int64_t elements);
+  bool (*covers)(QType type, int64_t elements);             // rows of whole blocks of 256, of quantised types
+  FewKernels (*few)(QType type);                            // for 1 <= count <= kFewRows
+  // For any count:
+  size_t (*rounded_bytes)(QType type, int64_t elements);    // of a row of x as `round` makes it
+  void (*round)(QType type, const float* x, int64_t elements, uint8_t* to);
+  // As MultiplyFn, but with rounded rows, one behind another, in place of p.x.
+  void (*multiply)(QType type, const Product& p, const uint8_t* x, float* scratch);
+  size_t scratch_floats;  // what multiply needs, aligned to 64 bytes
 };
 
 // Null where the processor lacks it.

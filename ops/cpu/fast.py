@@ -1,7 +1,7 @@
 """The fast mode of the compiled kernels, as an implementation of its own: chosen by name, never by "auto".
 
-Products with many rows by weights of the formats that `cpu.rounds` names take their activations in 16 bits;
-everything else is the exact implementation's, to the bit.
+Products with weights of the formats that `cpu.rounds` names take their activations in 8 bits; everything else is
+the exact implementation's, to the bit.
 """
 
 from __future__ import annotations

@@ -31,14 +31,20 @@ using DecodeFn = void (*)(const uint8_t* blocks, float* out, int64_t elements);
 using MultiplyFn = void (*)(const Product& product, float* scratch);
 using PrepareFn = void (*)(const float* x, int64_t elements, float* out);
 
+// Products with 1 <= count <= kFewRows; a row's sums do not depend on count. If `prepare` is not null, it is to
+// make `prepared_floats` of each row of x before.
+struct FewKernels {
+  PrepareFn prepare;
+  int64_t (*prepared_floats)(int64_t elements);
+  MultiplyFn multiply;
+};
+
 struct Kernels {
   const char* isa;
   DecodeFn decode[kTypeCount];
-  MultiplyFn multiply_few[kTypeCount];  // 1 <= count <= kFewRows; a row's sums do not depend on count
-  PrepareFn prepare[kTypeCount];        // if not null, what multiply_few wants done to each row of x before
-  int64_t (*prepared_floats)(int64_t elements);  // and how long the row then is
-  MultiplyFn multiply_many[kTypeCount];          // any count; a row's sums do not depend on it either
-  size_t scratch_floats;                         // what multiply_many needs, aligned to 64 bytes
+  FewKernels few[kTypeCount];
+  MultiplyFn multiply_many[kTypeCount];  // any count; a row's sums do not depend on it either
+  size_t scratch_floats;                 // what multiply_many needs, aligned to 64 bytes
   void (*silu_gate)(float* gate, const float* up, int64_t n);  // gate = silu(gate) * up
   // y (n) = the sum over `count` rows of (count, n) of each times its share.
   void (*weighted_sum)(const float* rows, const float* shares, int64_t count, int64_t n, float* y);

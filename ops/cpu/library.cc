@@ -120,41 +120,59 @@ Aligned<T> aligned(size_t count) {
   return Aligned<T>(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
 }
 
-// Rows of x in the order that few-row kernels want, each made once for all the jobs of a call that want it so.
+// Rows of x as kernels want them, made once for all the jobs of a call that want them so.
 class Reordered {
  public:
-  const float* get(const Kernels& kernels, QType type, const float* x, int64_t elements) {
+  const float* row(const FewKernels& few, QType type, const float* x, int64_t elements) {
     const auto [at, missing] = rows_.try_emplace({type, x, elements});
     if (missing) {
-      at->second = aligned<float>(kernels.prepared_floats(elements));
-      kernels.prepare[static_cast<int>(type)](x, elements, at->second.get());
+      at->second = aligned<float>(few.prepared_floats(elements));
+      few.prepare(x, elements, at->second.get());
+    }
+    return at->second.get();
+  }
+
+  const uint8_t* rounded(const FastKernels& fast, QType type, const Product& p) {
+    std::vector<const float*> x(p.x, p.x + p.count);
+    const auto [at, missing] = rounded_.try_emplace({type, p.elements, std::move(x)});
+    if (missing) {
+      const size_t stride = fast.rounded_bytes(type, p.elements);
+      at->second = aligned<uint8_t>(p.count * stride);
+      run_tasks(p.count, 0, [&, to = at->second.get()](int64_t m, float*) {
+        fast.round(type, p.x[m], p.elements, to + m * stride);
+      });
     }
     return at->second.get();
   }
 
  private:
   std::map<std::tuple<QType, const float*, int64_t>, Aligned<float>> rows_;
+  std::map<std::tuple<QType, int64_t, std::vector<const float*>>, Aligned<uint8_t>> rounded_;
 };
 
 // A job whose rows of x are in the form that its kernels want: as they are, in another order, split into
-// bf16, or of 16 bits.
+// bf16, or rounded.
 struct Ready {
   QType type;
   Product product;
+  FewKernels few{};  // if count <= kFewRows
   const FastKernels* fast = nullptr;
-  FastRows rows{};  // if fast
+  const uint8_t* rounded = nullptr;  // if fast
   const MatrixUnit* matrix = nullptr;
   SplitRows split{};  // if matrix
 
   Ready(const Kernels& kernels, const Job& job, Reordered* reordered) : type(job.type), product(job.product) {
     const FastKernels* offered = job.fast ? fast_kernels() : nullptr;
+    if (offered != nullptr && !offered->covers(type, product.elements)) offered = nullptr;
     if (product.count == 0) return;
     if (product.count <= kFewRows) {
-      if (kernels.prepare[static_cast<int>(type)] != nullptr) reorder(kernels, reordered);
+      few = offered != nullptr ? offered->few(type) : kernels.few[static_cast<int>(type)];
+      if (few.prepare != nullptr) reorder(reordered);
     } else if (kernels.matrix != nullptr) {
       split_terms(*kernels.matrix, job.fast ? 2 : 3);
-    } else if (offered != nullptr && offered->covers(type)) {
-      round(*offered);
+    } else if (offered != nullptr) {
+      fast = offered;
+      rounded = reordered->rounded(*offered, type, product);
     }
   }
 
@@ -170,25 +188,16 @@ struct Ready {
   }
   size_t scratch_floats(const Kernels& kernels) const {
     if (matrix != nullptr) return matrix->scratch_floats;
-    return kernels.scratch_floats + (fast ? fast->scratch_floats(product.elements) : 0);
+    return fast != nullptr ? fast->scratch_floats : kernels.scratch_floats;
   }
 
  private:
-  void reorder(const Kernels& kernels, Reordered* reordered) {
+  void reorder(Reordered* reordered) {
     for (int64_t m = 0; m < product.count; m++) {
-      x_.push_back(reordered->get(kernels, type, product.x[m], product.elements));
+      x_.push_back(reordered->row(few, type, product.x[m], product.elements));
     }
     product.x = x_.data();
   }
-  void round(const FastKernels& kernels) {
-    const int64_t elements = product.elements, scales = product.count * (elements / 256);
-    fast = &kernels;
-    quants_ = aligned<int16_t>(product.count * elements);
-    floats_ = aligned<float>(scales + product.count * (elements / 16));
-    rows = {product.count, elements, quants_.get(), floats_.get(), floats_.get() + scales};
-    run_tasks(product.count, 0, [&](int64_t m, float*) { fast->quantise(product.x[m], m, rows); });
-  }
-
   void split_terms(const MatrixUnit& unit, int terms) {
     matrix = &unit;
     split = {product.count, product.elements, terms, nullptr};
@@ -198,8 +207,6 @@ struct Ready {
               [&](int64_t group, float*) { unit.split(product.x, group, split); });
   }
 
-  Aligned<float> floats_;
-  Aligned<int16_t> quants_;
   Aligned<uint16_t> terms_;
   std::vector<const float*> x_;
 };
@@ -222,10 +229,9 @@ void multiply(const Kernels& kernels, const Part& part, float* const* y, float* 
   p.w += part.first * static_cast<int64_t>(row_bytes(job.type, p.elements));
   p.rows = part.end - part.first;
   p.y = y;
-  if (job.fast != nullptr) return job.fast->multiply(kernels, job.type, p, job.rows, scratch);
+  if (job.fast != nullptr) return job.fast->multiply(job.type, p, job.rounded, scratch);
   if (job.matrix != nullptr) return job.matrix->multiply(kernels, job.type, p, job.split, scratch);
-  const auto& table = p.count <= kFewRows ? kernels.multiply_few : kernels.multiply_many;
-  table[static_cast<int>(job.type)](p, scratch);
+  (p.count <= kFewRows ? job.few.multiply : kernels.multiply_many[static_cast<int>(job.type)])(p, scratch);
 }
 
 std::vector<float*> results(const Part& part) {
@@ -333,7 +339,7 @@ bool scarlet_rounds(const char* name) {
   const scarlet::FastKernels* fast = scarlet::fast_kernels();
   scarlet::QType type;
   if (!scarlet::type_by_name(name, std::strlen(name), &type)) return false;
-  return scarlet::kernels().matrix != nullptr || (fast != nullptr && fast->covers(type));
+  return scarlet::kernels().matrix != nullptr || (fast != nullptr && fast->covers(type, 256));
 }
 
 void scarlet_set_threads(int threads) { scarlet::set_threads(threads); }

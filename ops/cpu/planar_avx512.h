@@ -17,7 +17,7 @@ namespace planar {
 // floats; `element(v, n)`, where the n-th byte of the v-th vector belongs; `group(v, lane)`, the factor of a
 // lane. kSumOf elements make up each sum that a minimum multiplies, times kSumBy (0: there is none).
 struct Plain {
-  static constexpr int kSumOf = 32, kSumBy = 0;
+  static constexpr int kSumOf = 32, kSumBy = 0, kSumsFrom = 0;
   // Rows of weights that are multiplied at a time. One, a single stream, suits what waits for memory;
   // several, which share the reading of x, what computes for long.
   static constexpr int kAbreast = 1;

@@ -282,7 +282,9 @@ static void weighted_sum(const float* rows, const float* shares, int64_t count, 
   int64_t i = 0;
   for (; i + W <= n; i += W) {
     F sum = Simd::zero();
-    for (int64_t r = 0; r < count; r++) sum = Simd::fma(Simd::set1(shares[r]), Simd::load(rows + r * n + i), sum);
+    for (int64_t r = 0; r < count; r++) {
+      sum = Simd::fma(Simd::set1(shares[r]), Simd::load(rows + r * n + i), sum);
+    }
     Simd::store(y + i, sum);
   }
   for (; i < n; i++) {

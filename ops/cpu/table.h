@@ -6,13 +6,11 @@ static const Kernels kKernels = {
 #define SCARLET_BLOCK(name, elements, bytes) decode_row<Block<name, elements, bytes>>,
     {SCARLET_QTYPES(SCARLET_BLOCK)},
 #undef SCARLET_BLOCK
-#define SCARLET_BLOCK(name, elements, bytes) Few<Block<name, elements, bytes>>::kMultiply,
+#define SCARLET_BLOCK(name, elements, bytes)                                      \
+  {Few<Block<name, elements, bytes>>::kPrepare, kPreparedFloats,                  \
+   Few<Block<name, elements, bytes>>::kMultiply},
     {SCARLET_QTYPES(SCARLET_BLOCK)},
 #undef SCARLET_BLOCK
-#define SCARLET_BLOCK(name, elements, bytes) Few<Block<name, elements, bytes>>::kPrepare,
-    {SCARLET_QTYPES(SCARLET_BLOCK)},
-#undef SCARLET_BLOCK
-    kPreparedFloats,
 #define SCARLET_BLOCK(name, elements, bytes) multiply_many<Block<name, elements, bytes>>,
     {SCARLET_QTYPES(SCARLET_BLOCK)},
 #undef SCARLET_BLOCK

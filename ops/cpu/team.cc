@@ -72,9 +72,9 @@ float* own_scratch(size_t floats) {
   return scratch.of_size(floats);
 }
 
-// The tasks that one thread begins with: numbers from `next` up to `end`, in one word. Its own thread takes them
-// in order, which for rows of weights means reading on where it is; one that has run out of its own takes the
-// last, which is furthest from there.
+// The tasks that one thread begins with: numbers from `next` up to `end`, in one word. Its own thread takes
+// them in order, which for rows of weights means reading on where it is; one that has run out of its own takes
+// the last, which is furthest from there.
 class alignas(64) Share {
  public:
   void set(int64_t next, int64_t end) { word_.store(pack(next, end), std::memory_order_relaxed); }
