@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from scarlet_jax import compiled, configs, gguf, memory, mtp, sharding
 from scarlet_jax.config import Arch, Block, Config
 from scarlet_jax.errors import BadInput
-from scarlet_jax.model import FEED_FORWARDS, MIXERS, BlockWeights, Model, Weights
+from scarlet_jax.forward import FEED_FORWARDS, MIXERS, BlockWeights, Weights
+from scarlet_jax.model import Model
 from scarlet_jax.ops.qtensor import QTensor
 from scarlet_jax.types import Weight
 

@@ -49,7 +49,7 @@ FUSED: dict[str, tuple[str, ...]] = {}
 def shapes(cfg: config.Mamba2, width: int) -> dict[str, tuple[int, ...]]:
     """File tensor name -> shape, for model width D."""
     heads, groups = cfg.time_step_rank, cfg.group_count
-    norm = {"ssm_norm.weight": (groups, cfg.inner_size // groups)}
+    norms = ("ssm_norm.weight",) if cfg.norm else ()
     return {
         "ssm_in.weight": (cfg.inner_size + cfg.conv_channels + heads, width),
         "ssm_conv1d.weight": (cfg.conv_channels, cfg.conv_kernel),
@@ -58,7 +58,7 @@ def shapes(cfg: config.Mamba2, width: int) -> dict[str, tuple[int, ...]]:
         "ssm_a": (heads, 1),
         "ssm_d": (heads, 1),
         "ssm_out.weight": (width, cfg.inner_size),
-        **(norm if cfg.norm else {}),
+        **dict.fromkeys(norms, (groups, cfg.inner_size // groups)),
     }
 
 

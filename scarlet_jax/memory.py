@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from scarlet_jax import config, model
+from scarlet_jax import config, forward
+from scarlet_jax.batch import PIECE, SLOTS, bucket
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import gpu, implementations
 from scarlet_jax.ops.qtensor import QTensor
@@ -37,7 +38,7 @@ class Need:
 
 
 def need(
-    weights: model.Weights,
+    weights: forward.Weights,
     cfg: config.Config,
     *,
     batch: int,
@@ -49,13 +50,13 @@ def need(
     """What `batch` sequences of `context` tokens take; `planes`: with packed weights as a GPU holds them."""
     if planes and gpu.unavailable():
         implementation = "portable"
-    slots = model.bucket(context)
+    slots = bucket(context)
     state, smaller = (
-        jax.eval_shape(lambda n=n: model.init_state(cfg, batch, n, kv_dtype)) for n in (slots, slots // 2)
+        jax.eval_shape(lambda n=n: forward.init_state(cfg, batch, n, kv_dtype)) for n in (slots, slots // 2)
     )
     held = jax.eval_shape(lambda w: implementations.prepared(w, implementation), weights)
-    longest = min(model.PIECE, 1 << (context - 1).bit_length())
-    workspaces = [_bytes(smaller)] if slots > model.SLOTS else []  # a cache that grows is there twice
+    longest = min(PIECE, 1 << (context - 1).bit_length())
+    workspaces = [_bytes(smaller)] if slots > SLOTS else []  # a cache that grows is there twice
     workspaces += [_workspace(held, cfg, tokens, state, implementation) for tokens in {longest, 1}]
     return Need(weight_bytes(weights, planes=planes), _bytes(state), max(workspaces))
 
@@ -74,7 +75,7 @@ def limit_of(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
 
 
-def weight_bytes(weights: model.Weights, *, planes: bool) -> int:
+def weight_bytes(weights: forward.Weights, *, planes: bool) -> int:
     """Bytes of weights as a device holds them."""
     packed = lambda w: isinstance(w, QTensor)  # noqa: E731
     once = list(
@@ -86,24 +87,26 @@ def weight_bytes(weights: model.Weights, *, planes: bool) -> int:
 
 
 def _workspace(
-    weights: model.Weights, cfg: config.Config, tokens: int, state: model.State, implementation: str
+    weights: forward.Weights, cfg: config.Config, tokens: int, state: forward.State, implementation: str
 ) -> int:
     """What a stretch of `tokens` of each sequence takes beside weights and state: in one program, or in several."""
     ids = jax.ShapeDtypeStruct((len(state.length), tokens), jnp.int32)
     last = jax.ShapeDtypeStruct((len(ids), cfg.embedding_length), jnp.float32)
-    if model.has_layer_kernels(implementation):
-        run = model.last_logits_in_place
+    if forward.has_layer_kernels(implementation):
+        run = forward.last_logits_in_place
         return _beside(
             run, weights, ids, state.length, state, last, None, cfg, implementation, of=(ids, last)
         )
     return max(
         _blocks(weights, cfg, tokens, state, implementation),
-        _beside(model.head, weights.output_norm, weights.output, last, 1e-6, False, implementation, of=last),
+        _beside(
+            forward.head, weights.output_norm, weights.output, last, 1e-6, False, implementation, of=last
+        ),
     )
 
 
 def _blocks(
-    weights: model.Weights, cfg: config.Config, tokens: int, state: model.State, implementation: str
+    weights: forward.Weights, cfg: config.Config, tokens: int, state: forward.State, implementation: str
 ) -> int:
     """The most that a block's program takes: one of each kind is asked."""
     row = state.length
@@ -113,7 +116,7 @@ def _blocks(
     for part in zip(weights.blocks, cfg.blocks, state.blocks, strict=True):
         leaves, structure = jax.tree.flatten(part[0])
         kinds[part[1], structure, *((leaf.shape, leaf.dtype) for leaf in leaves)] = part
-    run = model.run_block_in_place
+    run = forward.run_block_in_place
     return max(
         _beside(run, w, x, held, span, block, False, implementation, of=(x, span))
         for w, block, held in kinds.values()

@@ -206,7 +206,7 @@ class Spread:
     """A model over a mesh: its config on each device, its weights, and where they and its state lie.
 
     `weights` are global arrays of which each device holds, and each process reads, its own part. `specs` is the
-    same pytree of PartitionSpecs; `state` is one for `model.State.blocks`.
+    same pytree of PartitionSpecs; `state` is one for `forward.State.blocks`.
     """
 
     mesh: Mesh

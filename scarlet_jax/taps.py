@@ -2,7 +2,7 @@
 
 A layer says `x = tap("attn_norm", x)`. With no collector open that is `x` itself: the traced program is
 the one without the call. A collector has to be open while the program is *traced*, inside the jitted
-function, and what it caught has to be returned from that function; `model.run_block` does both.
+function, and what it caught has to be returned from that function; `forward.run_block` does both.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import numpy as np
 
 import scarlet_jax
 from scarlet_jax.config import Config
-from scarlet_jax.model import Weights
+from scarlet_jax.forward import Weights
 from scarlet_jax.tools import synth
 from scarlet_jax.tools.synth import Shape
 

@@ -15,6 +15,7 @@ import scarlet_jax
 from scarlet_jax import sharding
 from scarlet_jax.errors import BadInput
 from scarlet_jax.generate import generate
+from scarlet_jax.programs import SpreadPrograms
 
 # A residual stream summed over devices in another order: some f32 roundings (2^-24) a layer, of which a few
 # layers make 1e-6. Two devices' terms taken for one, or a head read by the wrong one, cost 1e-2 and more.
@@ -146,7 +147,7 @@ def test_no_weight_crosses_between_devices():
     shape = SHAPES["qwen35"]
     model = scarlet_jax.load(models.path(shape), mesh=8)
     programs = model.programs
-    assert isinstance(programs, scarlet_jax.model.SpreadPrograms)
+    assert isinstance(programs, SpreadPrograms)
     tokens, count = np.zeros((1, 4), np.int32), np.array([4], np.int32)
     trunk = collectives(programs._trunk, model.weights, tokens, count, model.init_state(), None)
     assert trunk == [("all-reduce", 4 * shape.embedding_length)] * (1 + 2 * shape.block_count)

@@ -12,9 +12,10 @@ from models import SCALED_ROPE, SHAPES, changed, model, path, tokens
 from support import relative_l2
 
 import scarlet_jax
-from scarlet_jax import BadInput
-from scarlet_jax import model as engine
+from scarlet_jax import BadInput, forward
+from scarlet_jax.batch import PIECE
 from scarlet_jax.ops.implementations import IMPLEMENTATIONS
+from scarlet_jax.span import Span
 
 # f32 arithmetic over a few layers: llama.cpp itself is 2e-6 from the float64 truth on these models, and an
 # error that a fault makes is orders of magnitude larger.
@@ -116,7 +117,7 @@ def test_every_tap_of_decoding_against_float64(shape, before, implementation):
 @every_shape
 def test_long_prompt_in_pieces(shape, implementation):
     """Longer than what is computed at once, and than the first cache."""
-    ids = tokens(shape, 2 * engine.PIECE + 3)
+    ids = tokens(shape, 2 * PIECE + 3)
     expected, truth = oracle.forward(path(shape), ids)
     ours = model(shape, implementation=implementation)
     logits, state = ours.forward(ids)
@@ -152,7 +153,7 @@ def test_padding_leaves_no_trace(shape, implementation):
     def state_after(padding):
         padded = np.where(np.arange(64) < 41, ids, padding)
         state = m.init_state(1, 64)
-        return engine.trunk(m.weights, padded, count, state, m.config, implementation=implementation).state
+        return forward.trunk(m.weights, padded, count, state, m.config, implementation=implementation).state
 
     jax.tree.map(np.testing.assert_array_equal, state_after(0), state_after(77))
 
@@ -175,7 +176,7 @@ def test_batch_of_different_lengths_is_each_alone(shape, implementation):
 
 def test_last_logits_of_sequences_that_end_in_different_pieces():
     shape = SHAPES["tied"]
-    rows = [tokens(shape, n, seed=n) for n in (engine.PIECE + 40, 7)]
+    rows = [tokens(shape, n, seed=n) for n in (PIECE + 40, 7)]
     last, _ = model(shape).last_logits(rows)
     for i, row in enumerate(rows):
         assert relative_l2(last[i], oracle.forward(path(shape), row)[0][-1]) < TOLERANCE
@@ -193,8 +194,8 @@ def test_a_later_token_changes_nothing_before_it(shape):
 @every_implementation
 def test_lengths_of_a_bucket_compile_once(implementation):
     def programs():
-        jitted: list[Any] = [engine.run_block, engine.run_block_in_place]
-        jitted += [engine._trunk_program, engine.trunk_program_in_place]
+        jitted: list[Any] = [forward.run_block, forward.run_block_in_place]
+        jitted += [forward._trunk_program, forward.trunk_program_in_place]
         return sum(program._cache_size() for program in jitted)
 
     shape = SHAPES["tied"]
@@ -229,7 +230,7 @@ def test_gradients_are_those_of_the_steps():
         state = m.init_state(1)
         for part in (ids[:, :-1], ids[:, -1:]):
             count = np.array([part.shape[1]], np.int32)
-            traced = engine.trunk(weights, part, count, state, m.config, implementation=implementation)
+            traced = forward.trunk(weights, part, count, state, m.config, implementation=implementation)
             state = traced.state
         return (traced.hidden * np.arange(shape.embedding_length, dtype=np.float32)).mean()
 
@@ -265,19 +266,19 @@ def test_no_taps_is_the_program_without_the_calls(monkeypatch):
     state = m.init_state(1)
 
     def lowered(tapped):
-        span = engine.Span.text(state.length, state.length + 7, 7)
+        span = Span.text(state.length, state.length + 7, 7)
         x = np.zeros((1, 7, m.config.embedding_length), np.float32)
 
         def run(x):
             """A new function each time: a traced program must not be remembered."""
             for w, s, cfg in zip(m.weights.blocks, state.blocks, m.config.blocks, strict=True):
-                x, _, taps = engine._run_block(w, x, s, span, cfg, tapped)
+                x, _, taps = forward._run_block(w, x, s, span, cfg, tapped)
             return x, taps
 
         return jax.jit(run).lower(x).as_text()
 
     off, on = lowered(False), lowered(True)
-    for module in ("attention", "delta_net", "ffn", "model"):
+    for module in ("attention", "delta_net", "ffn", "forward"):
         monkeypatch.setattr(f"scarlet_jax.{module}.tap", lambda name, x: x)
     assert lowered(False) == off
     assert off != on

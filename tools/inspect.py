@@ -31,9 +31,9 @@ from rich.text import Text
 from scarlet_jax import chat, configs, gguf, hub
 from scarlet_jax.config import Config, as_dict
 from scarlet_jax.errors import BadInput
+from scarlet_jax.forward import init_state
 from scarlet_jax.load import weights as load_weights
 from scarlet_jax.memory import check, need
-from scarlet_jax.model import init_state
 from scarlet_jax.ops import quants
 from scarlet_jax.tokenizer import Tokenizer
 from scarlet_jax.tools import common

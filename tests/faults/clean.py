@@ -25,7 +25,7 @@ import numpy as np
 from faults.dress import DRESSES
 
 import scarlet_jax
-from scarlet_jax.model import Batch, Piece
+from scarlet_jax.batch import Batch, Piece
 from scarlet_jax.tools import synth
 from scarlet_jax.tools.engines import llama_cpp, scarlet
 from scarlet_jax.tools.parity import Dump, compare, read_dump, write_dump

@@ -16,14 +16,15 @@ from jax import export
 from support import relative_l2
 from support_blocks import QTYPES, by_gguf_py, random_blocks, with_scale
 
-from scarlet_jax import configs, gguf
-from scarlet_jax import model as engine
+from scarlet_jax import configs, forward, gguf
 from scarlet_jax.load import weights as load_weights
+from scarlet_jax.model import Model
 from scarlet_jax.ops import gpu, implementations
 from scarlet_jax.ops.gpu import planes, products
 from scarlet_jax.ops.matmul import embed
 from scarlet_jax.ops.qtensor import QTensor, block_size
 from scarlet_jax.sampling import Sampling
+from scarlet_jax.span import Span
 
 PACKED = [q for q in QTYPES if q not in ("F32", "F16", "BF16")]
 
@@ -208,7 +209,7 @@ def test_what_is_on_the_device_while_a_model_is_packed(mapped, monkeypatch):
     before = bytes_held()
     with gpu.mode("interpreted"):
         weights = load_weights(file, arch, cfg, mapped=mapped)
-        model = engine.Model(file, cfg, weights, implementation="gpu")
+        model = Model(file, cfg, weights, implementation="gpu")
     assert model.weights.output is model.weights.token_embd
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(model.weights)}.values()
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
@@ -225,8 +226,8 @@ def test_a_layer_is_five_launches_a_token(layer, on_a_gpu):
     x = np.zeros((1, 1, model.config.embedding_length), np.float32)
 
     def run_layer(w, x, state, length):
-        span = engine.Span.text(length, jnp.ones(1, jnp.int32), 1)
-        return engine._run_block(w, x, state, span, model.config.blocks[layer], False, "gpu")
+        span = Span.text(length, jnp.ones(1, jnp.int32), 1)
+        return forward._run_block(w, x, state, span, model.config.blocks[layer], False, "gpu")
 
     text = lowered(run_layer, "cuda", weights.blocks[layer], x, state.blocks[layer], state.length)
     assert text.count(gpu.CUSTOM_CALL) == 5
@@ -240,10 +241,10 @@ def test_prefill_of_a_whole_model_lowers(platform, on_a_gpu):
 
     def logits(weights, ids, state):
         count = jnp.full(1, ids.shape[1], jnp.int32)
-        hidden, state, _ = engine.trunk(weights, ids, count, state, cfg, implementation="gpu")
+        hidden, state, _ = forward.trunk(weights, ids, count, state, cfg, implementation="gpu")
         eps = cfg.layer_norm_rms_epsilon
         last = hidden[:, -1]
-        return engine.head(weights.output_norm, weights.output, last, eps, implementation="gpu")[0], state
+        return forward.head(weights.output_norm, weights.output, last, eps, implementation="gpu")[0], state
 
     text = lowered(logits, platform, weights, np.zeros((1, 12), np.int32), model.init_state())
     assert (gpu.CUSTOM_CALL in text) == (platform == "cuda")
@@ -257,7 +258,7 @@ def test_the_decode_block_lowers(platform, on_a_gpu):
     def decode(weights, token, state, step, count):
         key, params, stops = jax.random.key(0), Sampling(0.8, 20, 0.9), jnp.array([3, 5])
         arguments = (weights, token, state, key, step, count, params, stops)
-        return engine._decode(*arguments, cfg=model.config, block=4, implementation="gpu")
+        return forward.decode(*arguments, cfg=model.config, block=4, implementation="gpu")
 
     text = lowered(decode, platform, weights, np.int32(1), model.init_state(), np.int32(0), np.int32(4))
     assert (gpu.CUSTOM_CALL in text) == (platform == "cuda")

@@ -19,8 +19,8 @@ from scarlet_jax import configs, ffn
 from scarlet_jax import gguf as reader
 from scarlet_jax.config import Config
 from scarlet_jax.errors import BadInput
+from scarlet_jax.forward import MIXERS, BlockWeights, Weights, head, init_state, trunk
 from scarlet_jax.gguf import Metadata
-from scarlet_jax.model import MIXERS, BlockWeights, Weights, head, init_state, trunk
 from scarlet_jax.ops import implementations
 from scarlet_jax.ops.quants import decode
 from scarlet_jax.tools import synth

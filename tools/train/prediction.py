@@ -9,7 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from scarlet_jax import model
+from scarlet_jax import forward
 from scarlet_jax.config import Config
 from scarlet_jax.ops import implementations, norm
 from scarlet_jax.ops.matmul import linear
@@ -47,9 +47,9 @@ def _block(parameters: network.Parameters, tokens: Array, before: Array, cfg: Co
     x = linear(jnp.concatenate(pair, axis=-1), joining)
     batch, length = tokens.shape
     block = cfg.nextn[0]
-    state = model.MIXERS[type(block.mixer)].init_state(block.mixer, batch, length, jnp.float32)
+    state = forward.MIXERS[type(block.mixer)].init_state(block.mixer, batch, length, jnp.float32)
     span = Span.text(jnp.zeros(batch, jnp.int32), jnp.full(batch, length, jnp.int32), length)
-    return model.block(network.block_weights(parameters, index, cfg), x, state, span, cfg=block)[0]
+    return forward.block(network.block_weights(parameters, index, cfg), x, state, span, cfg=block)[0]
 
 
 def loss(parameters: network.Parameters, batch: network.Batch, cfg: Config) -> Array:
