@@ -59,17 +59,17 @@ def sample(logits: Array, key: Array, params: Sampling, *, candidates: int = CAN
     `candidates`: how many of the largest logits are tried before all are sorted. It decides the cost, never
     the distribution; which draw a key stands for may depend on it.
     """
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    best = logits.max(axis=-1, keepdims=True)  # finite if, and only if, there is a distribution
     unfiltered = (params.top_k <= 0) & (params.top_p >= 1) & (params.min_p <= 0)
     ids = jax.lax.switch(
         jnp.select([params.temperature <= 0, unfiltered], [0, 1], 2),
         (
-            lambda: _largest(logits),
+            lambda: _first(logits, best),
             lambda: jax.random.categorical(key, logits / params.temperature).astype(jnp.int32),
-            lambda: _filtered(logits, total, key, params, candidates),
+            lambda: _filtered(logits, key, params, candidates),
         ),
     )
-    return jnp.where(jnp.isfinite(total[:, 0]), ids, INVALID)
+    return jnp.where(jnp.isfinite(best[:, 0]), ids, INVALID)
 
 
 def most_likely(logits: Array) -> np.ndarray:
@@ -83,13 +83,16 @@ def most_likely(logits: Array) -> np.ndarray:
     return np.where(np.isfinite(best), ids, INVALID).astype(np.int32)
 
 
-def _largest(logits: Array) -> Array:
-    return jax.lax.top_k(logits, 1)[1][:, 0]  # thrice as fast as argmax on a CPU
+def _first(logits: Array, value: Array) -> Array:
+    """Where each row has its value (B, 1) first -> (B,): on a CPU two reductions are eight times as fast as argmax."""
+    places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    return jnp.where(logits == value, places, logits.shape[-1]).min(axis=-1)
 
 
-def _filtered(logits: Array, total: Array, key: Array, params: Sampling, candidates: int) -> Array:
+def _filtered(logits: Array, key: Array, params: Sampling, candidates: int) -> Array:
     """Sort as many of the logits (B, V) as it takes, filter them and draw -> ids (B,)."""
     vocabulary = logits.shape[-1]
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # XLA has a quick way to the largest few, which it forgets when it sees what they are used for. (A barrier for
     # each: in a program for several devices one for both crashes the compiler of jaxlib 0.10.2.)
     largest, ids = map(jax.lax.optimization_barrier, jax.lax.top_k(logits, min(candidates, vocabulary)))
