@@ -121,7 +121,7 @@ Aligned<T> aligned(size_t count) {
 }
 
 // Rows of x as kernels want them, made once for all the jobs of a call that want them so.
-class Reordered {
+class PreparedRows {
  public:
   const float* row(const FewKernels& few, QType type, const float* x, int64_t elements) {
     const auto [at, missing] = rows_.try_emplace({type, x, elements});
@@ -161,18 +161,18 @@ struct Ready {
   const MatrixUnit* matrix = nullptr;
   SplitRows split{};  // if matrix
 
-  Ready(const Kernels& kernels, const Job& job, Reordered* reordered) : type(job.type), product(job.product) {
+  Ready(const Kernels& kernels, const Job& job, PreparedRows* rows) : type(job.type), product(job.product) {
     const FastKernels* offered = job.fast ? fast_kernels() : nullptr;
     if (offered != nullptr && !offered->covers(type, product.elements)) offered = nullptr;
     if (product.count == 0) return;
     if (product.count <= kFewRows) {
       few = offered != nullptr ? offered->few(type) : kernels.few[static_cast<int>(type)];
-      if (few.prepare != nullptr) reorder(reordered);
+      if (few.prepare != nullptr) reorder(rows);
     } else if (kernels.matrix != nullptr) {
       split_terms(*kernels.matrix, job.fast ? 2 : 3);
     } else if (offered != nullptr) {
       fast = offered;
-      rounded = reordered->rounded(*offered, type, product);
+      rounded = rows->rounded(*offered, type, product);
     }
   }
 
@@ -192,9 +192,9 @@ struct Ready {
   }
 
  private:
-  void reorder(Reordered* reordered) {
+  void reorder(PreparedRows* rows) {
     for (int64_t m = 0; m < product.count; m++) {
-      x_.push_back(reordered->row(few, type, product.x[m], product.elements));
+      x_.push_back(rows->row(few, type, product.x[m], product.elements));
     }
     product.x = x_.data();
   }
@@ -252,12 +252,12 @@ const FastKernels* fast_kernels() {
 }
 
 void multiply_all(const Kernels& kernels, const std::vector<Job>& given) {
-  Reordered reordered;
+  PreparedRows rows;
   std::list<Ready> jobs;
   std::vector<Part> parts;
   size_t floats = 0;
   for (const Job& job : given) {
-    jobs.emplace_back(kernels, job, &reordered);
+    jobs.emplace_back(kernels, job, &rows);
     split(jobs.back(), jobs.back().step(), &parts);
     floats = std::max(floats, jobs.back().scratch_floats(kernels));
   }
@@ -267,13 +267,13 @@ void multiply_all(const Kernels& kernels, const std::vector<Job>& given) {
 }
 
 void multiply_gated(const Kernels& kernels, const std::vector<Job>& gates, const std::vector<Job>& ups) {
-  Reordered reordered;
+  PreparedRows rows;
   std::list<Ready> jobs;  // a gate, then its up
   std::vector<Part> of_gates, of_ups;
   size_t for_kernels = 0, for_up = 0;
   for (size_t i = 0; i < gates.size(); i++) {
-    const Ready& gate = jobs.emplace_back(kernels, gates[i], &reordered);
-    const Ready& up = jobs.emplace_back(kernels, ups[i], &reordered);
+    const Ready& gate = jobs.emplace_back(kernels, gates[i], &rows);
+    const Ready& up = jobs.emplace_back(kernels, ups[i], &rows);
     const int64_t step = std::min(gate.step(), up.step());
     split(gate, step, &of_gates);
     split(up, step, &of_ups);
