@@ -252,8 +252,7 @@ def _read_bandwidth(probe: np.ndarray) -> float:
 
 def errors(engines: Sequence[Engine], model: Model, prompt: Sequence[int]) -> list[float]:
     """Relative L2 distance of each engine's logits after the prompt from those of exact mode."""
-    exact = Model(model.gguf, model.config, model.weights, kv_dtype=model.kv_dtype, implementation="auto")
-    truth = np.asarray(exact.last_logits(prompt)[0], np.float64)
+    truth = np.asarray(common.exact(model).last_logits(prompt)[0], np.float64)
     return [float(np.linalg.norm(e.logits(prompt) - truth) / np.linalg.norm(truth)) for e in engines]
 
 

@@ -172,6 +172,13 @@ def precision(name: str) -> str | None:
     return implementation
 
 
+def exact(model: Model) -> Model:
+    """The same weights in exact mode; the model itself if it is in it."""
+    if model.implementation not in implementations.OPT_IN:
+        return model
+    return Model(model.gguf, model.config, model.weights, kv_dtype=model.kv_dtype, implementation="auto")
+
+
 def use_backend(name: str) -> None:
     """Compute on "cpu", "gpu" or "tpu" from now on; "auto" is JAX's own choice."""
     if name == "auto":

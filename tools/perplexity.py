@@ -7,7 +7,9 @@ token that has one before it in its window. Where the file asks for a beginning-
 place of each window's first token. Control tokens spelt out in the text are text.
 
 With --base the same windows go through another file, and with --against through another engine (on the same file
-unless --base names one). KL divergence is that of the model's distribution from the base's, in nats a token.
+unless --base names one); a base of ours is exact whatever --precision says, so that `--precision fast --against
+scarlet` tells what the fast mode costs. KL divergence is that of the model's distribution from the base's, in nats
+a token.
 
 Intervals are of 95 %, from the tokens as if they were independent, as the +- of llama-perplexity (one standard
 error) is: normal for means, Wilson's for the agreement, and for the 99th percentile by ranks.
@@ -317,10 +319,10 @@ def _read(name: str) -> str:
 
 
 def _base_model(args: argparse.Namespace, model: Model) -> Model | None:
-    """The model of --base, MODEL itself if only --against is given, or none."""
+    """The model of --base, MODEL itself if only --against is given, or none; in exact mode."""
     if args.base is None:
-        return model if args.against else None
-    base = common.load_model(argparse.Namespace(**vars(args) | {"model": args.base}))
+        return common.exact(model) if args.against else None
+    base = common.load_model(argparse.Namespace(**vars(args) | {"model": args.base, "precision": "exact"}))
     if base.tokenizer.tokens != model.tokenizer.tokens:
         raise BadInput(f"--base {args.base}: expected the vocabulary of {model.gguf.path.name}")
     return base

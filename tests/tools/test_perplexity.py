@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 
+from scarlet_jax.ops.cpu import fast
 from scarlet_jax.tools import perplexity
 from scarlet_jax.tools.cli import main
 from scarlet_jax.tools.engines import llama_cpp
@@ -93,6 +94,17 @@ def test_another_engine_as_model_and_as_base(text, tmp_path):
     # Second order in logits that differ by 1e-5: what is not f32 rounding would be 1e-6 and more.
     assert 0 < ours["kl_mean"] < 1e-9
     assert ours["top1_agreement"] == 1
+
+
+@pytest.mark.skipif(fast.unavailable() is not None, reason=f"no fast mode here: {fast.unavailable()}")
+def test_the_fast_mode_beside_the_exact_one(text, tmp_path):
+    """The base is exact; rounded products are half a percent off, which is 1e-5 in KL and more, and below 1e-1."""
+    path = models.path(models.PACKABLE, "Q4_K")
+    flags = "--text", text, "--against", "scarlet", "--windows", 2
+    assert measured(tmp_path, path, *flags)["kl_mean"] == 0
+    rounded = measured(tmp_path, path, *flags, "--precision", "fast")
+    assert 1e-5 < rounded["kl_mean"] < 1e-1
+    assert rounded["base_perplexity"] == measured(tmp_path, path, *flags)["perplexity"]
 
 
 def test_logits_in_parts_are_those_of_the_float64_forward(monkeypatch):
