@@ -1,9 +1,10 @@
 """Checks the GPU's kernels against float64, and measures them and whole models beside the roofs of the machine.
 
 The roofs are measured in the same run: copying memory, and a large bf16 product. Models are random ones of real
-shapes, made as it goes. Beside them stands transformers (torch) on the same file, where it can run, and where not
-the reason. --tiny goes through everything on a CPU, with the kernels' checks interpreted and a model of a few rows
-in the CPU's own code: it shows that the script works, and its times mean nothing.
+shapes, made as it goes. Beside them stand transformers (torch, bf16) with the same weights, where it can run, and
+llama.cpp on the same file, if --lib names one that was built for this GPU; where not, the reason. --tiny goes through
+everything on a CPU, with the kernels' checks interpreted and a model of a few rows in the CPU's own code: it shows
+that the script works, and its times mean nothing.
 
 example: scarlet gpu-bench --json docs/benchmarks-gpu.json
          scarlet gpu-bench --tiny
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's flags."""
     parser.add_argument("--tiny", action="store_true", help="try the script, on a CPU")
     parser.add_argument("--folder", metavar="DIR", help="keep the models there (a temporary folder)")
+    parser.add_argument("--lib", metavar="PATH", help="a libllama built for this GPU, to stand beside")
     common.add_json_argument(parser)
 
 
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         folder = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(gpu.mode("interpreted") if args.tiny else contextlib.nullcontext())
-        result = measure(TINY if args.tiny else FULL, Path(folder), tiny=args.tiny)
+        result = measure(TINY if args.tiny else FULL, Path(folder), tiny=args.tiny, lib=args.lib)
     if args.json:
         common.write_json(args.json, result)
     if args.json != "-":
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadInput(f"kernels further than {KERNEL_LIMIT:g} from float64: {', '.join(wrong)}")
 
 
-def measure(plan: Plan, folder: Path, *, tiny: bool = False) -> dict[str, Any]:
+def measure(plan: Plan, folder: Path, *, tiny: bool = False, lib: str | None = None) -> dict[str, Any]:
     """Everything, as plain data; says on stderr what it is at."""
     device = jax.devices()[0]
     result: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "tiny": tiny}
@@ -113,7 +115,8 @@ def measure(plan: Plan, folder: Path, *, tiny: bool = False) -> dict[str, Any]:
         result["models"].append(
             {"model": size, "quant": quant}
             | measure_model(path, plan, result["copy_bandwidth"], result["matmul_flops"])
-            | {"transformers": beside_transformers(path, plan)}
+            | {"transformers": _or_why_not(lambda path=path: beside_transformers(path, plan, tiny=tiny))}
+            | {"llama.cpp": _or_why_not(lambda path=path: beside_llama_cpp(path, plan, lib))}
         )
     return result
 
@@ -277,30 +280,64 @@ def _model_file(folder: Path, size: str, quant: str) -> Path:
     return path if path.exists() else synth.write(path, shape, quant)
 
 
-def beside_transformers(path: Path, plan: Plan) -> dict[str, Any]:
-    """Decoding by transformers of the same file, decoded to bf16 by its GGUF path; or why not."""
+def _or_why_not(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What another engine does, or the reason why it does not: another project raises what it likes."""
     try:
-        import torch
-        import transformers
-    except ImportError as error:
-        return {"reason": f"not installed ({error.name})"}
-    if not torch.cuda.is_available():
-        return {"reason": "torch finds no GPU"}
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.bfloat16
-        )
-        loaded = loaded.to("cuda")
-        figures = {}
-        for batch in plan.batches:
-            ids = torch.ones((batch, 3), dtype=torch.long, device="cuda")
-            began = time.perf_counter()
-            loaded.generate(ids, max_new_tokens=plan.steps, min_new_tokens=plan.steps, do_sample=False)
-            torch.cuda.synchronize()
-            figures[batch] = {"tokens_s": batch * plan.steps / (time.perf_counter() - began)}
-        return {"decode": figures}
-    except Exception as error:  # another project's loader raises what it likes
+        return measured()
+    except Exception as error:
         return {"reason": " ".join(str(error).split())[:200]}
+
+
+def beside_transformers(path: Path, plan: Plan, *, tiny: bool) -> dict[str, Any]:
+    """transformers in bf16 with the weights of that file, decoded: prompts, and decoding in batches."""
+    from scarlet_jax.tools.engines import transformers_model
+
+    torch, _ = transformers_model.libraries()
+    if not tiny and not torch.cuda.is_available():
+        raise BadInput("torch finds no GPU")
+    device = "cpu" if tiny else "cuda"
+    language = transformers_model.load(path).model.to(device, torch.bfloat16)
+    finished = (lambda: None) if tiny else torch.cuda.synchronize
+
+    def prefill(count: int) -> None:
+        language(torch.arange(count, device=device)[None] % language.config.vocab_size, logits_to_keep=1)
+        finished()
+
+    def decode_(batch: int) -> None:
+        ids = torch.ones((batch, 3), dtype=torch.long, device=device)
+        language.generate(ids, max_new_tokens=plan.steps, min_new_tokens=plan.steps, do_sample=False)
+        finished()
+
+    with torch.no_grad():
+        return _speeds(prefill, decode_, plan, plan.batches)
+
+
+def beside_llama_cpp(path: Path, plan: Plan, lib: str | None) -> dict[str, Any]:
+    """llama.cpp by that library on the same file, with its defaults: prompts, and decoding of one sequence."""
+    from scarlet_jax.tools.bench import LlamaCpp
+
+    if lib is None:
+        raise BadInput("--lib names none")
+    engine = LlamaCpp(path, max(plan.prompts) + plan.steps, lib)
+
+    def decode_(_batch: int) -> None:
+        token = engine.prefill([1, 2, 3])
+        for _ in range(plan.steps - 1):
+            token = engine.decode(token)
+
+    return _speeds(lambda count: engine.prefill([1] * count), decode_, plan, (1,))
+
+
+def _speeds(
+    prefill: Callable[[int], Any], decode_: Callable[[int], Any], plan: Plan, batches: tuple[int, ...]
+) -> dict[str, Any]:
+    """Tokens a second of prompts, and of `plan.steps` tokens after a short one, by count and batch."""
+    prompts = {n: n / _median(lambda n=n: prefill(n), plan.repeat) for n in plan.prompts}
+    decoded = {n: n * plan.steps / _median(lambda n=n: decode_(n), plan.repeat) for n in batches}
+    return {
+        what: {n: {"tokens_s": speed} for n, speed in speeds.items()}
+        for what, speeds in (("prefill", prompts), ("decode", decoded))
+    }
 
 
 def _ready(result: Any) -> None:
@@ -332,19 +369,21 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
     yield kernels
     roofs = f"copy {result['copy_bandwidth'] / 1e9:.0f} GB/s, bf16 product {result['matmul_flops'] / 1e12:.1f} TFLOP/s"
     speeds = Table(title=roofs, title_justify="left")
-    for heading in ("model", "what", "tokens/s", "of the roof", "transformers tokens/s"):
-        speeds.add_column(heading, justify="left" if heading in ("model", "what") else "right")
+    others = ("transformers", "llama.cpp")
+    for heading in ("model", "what", "tokens/s", "of roof", *others):
+        justify = "left" if heading in ("model", "what") else "right"
+        speeds.add_column(heading, justify=justify, no_wrap=True)
     for figures in result["models"]:
         name = f"{figures['model']} {figures['quant']}"
-        theirs = figures["transformers"].get("decode", {})
-        for count, one in figures["prefill"].items():
-            speeds.add_row(
-                name, f"prefill {count}", f"{one['tokens_s']:.1f}", f"{one['of_matmul_rate']:.0%}", ""
-            )
-        for batch, one in figures["decode"].items():
-            beside = f"{theirs[batch]['tokens_s']:.1f}" if batch in theirs else "-"
-            cells = (f"{one['tokens_s']:.1f}", f"{one['of_bandwidth']:.0%}", beside)
-            speeds.add_row(name, f"decode, batch {batch}", *cells)
-        if reason := figures["transformers"].get("reason"):
-            speeds.caption = f"transformers: {reason}"
+        for what, label, roof in (
+            ("prefill", "prefill {}", "of_matmul_rate"),
+            ("decode", "decode, batch {}", "of_bandwidth"),
+        ):
+            for count, one in figures[what].items():
+                theirs = (figures[other].get(what, {}).get(count) for other in others)
+                beside = [f"{their['tokens_s']:.1f}" if their else "-" for their in theirs]
+                cells = f"{one['tokens_s']:.1f}", f"{one[roof]:.0%}", *beside
+                speeds.add_row(name, label.format(count), *cells)
+        reasons = [f"{other}: {figures[other]['reason']}" for other in others if "reason" in figures[other]]
+        speeds.caption = "; ".join(reasons) or None
     yield speeds

@@ -10,6 +10,7 @@ import pytest
 from scarlet_jax.ops import gpu
 from scarlet_jax.tools import gpu_bench
 from scarlet_jax.tools.cli import main
+from scarlet_jax.tools.engines import ggml
 
 
 def test_all_of_it_on_a_cpu(tmp_path, monkeypatch, capsys):
@@ -24,10 +25,25 @@ def test_all_of_it_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert set(figures["decode"]) == {"1", "2"}
     assert all(one["tokens_s"] > 0 for one in (*figures["decode"].values(), *figures["prefill"].values()))
     assert figures["from_cpu_path"] < 1e-5
-    assert figures["transformers"]["reason"]
+    assert figures["llama.cpp"] == {"reason": "--lib names none"}
     captured = capsys.readouterr()
     assert "decode, batch 2" in captured.out
     assert "gpu-bench: tiny Q8_0" in captured.err
+
+
+def test_other_engines_stand_beside(tmp_path):
+    """The same speeds by both, of the same file; what cannot run says why."""
+    plan = gpu_bench.TINY
+    path = gpu_bench._model_file(tmp_path, *plan.models[0])
+    theirs = gpu_bench.beside_llama_cpp(path, plan, str(ggml.library().path))
+    assert {what: set(speeds) for what, speeds in theirs.items()} == {"prefill": {8}, "decode": {1}}
+    pytest.importorskip("torch", reason="the transformers extra is not installed")
+    theirs = gpu_bench.beside_transformers(path, plan, tiny=True)
+    assert {what: set(speeds) for what, speeds in theirs.items()} == {"prefill": {8}, "decode": {1, 2}}
+    if jax.devices()[0].platform != "gpu":
+        assert gpu_bench._or_why_not(lambda: gpu_bench.beside_transformers(path, plan, tiny=False)) == {
+            "reason": "torch finds no GPU"
+        }
 
 
 def test_kernels_are_held_against_float64(monkeypatch):
