@@ -26,6 +26,7 @@ from rich.table import Table
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import cpu
+from scarlet_jax.ops.cpu import fast
 from scarlet_jax.ops.qtensor import QTensor, block_size
 from scarlet_jax.ops.quants import DECODERS
 from scarlet_jax.tools import common
@@ -59,7 +60,11 @@ def run(args: argparse.Namespace) -> int | None:
         counts = [int(n) for n in args.rows.split(",")]
     except ValueError:
         raise BadInput(f"--rows {args.rows}: expected numbers, comma separated") from None
+    if min(counts) < 1 or args.repeat < 1:
+        raise BadInput(f"--rows {args.rows} --repeat {args.repeat}: expected 1 or more of both")
     cpu.set_isa(args.isa)
+    if args.fast and (reason := fast.unavailable()):
+        raise BadInput(f"--fast: {reason}")
     cpu.set_threads(args.threads)
     cases = [(qtype, count) for qtype in types for count in counts]
     console = Console(stderr=True)

@@ -6,6 +6,7 @@ import pytest
 from models import PACKABLE, PACKABLE_EXPERTS, model, path
 
 from scarlet_jax.errors import BadInput
+from scarlet_jax.ops import cpu
 from scarlet_jax.ops.cpu import fast
 from scarlet_jax.tools import bench, cli
 
@@ -69,3 +70,25 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_runs(monkeypatch, ca
 
 def refuse(name: str) -> None:
     raise BadInput(f"--backend {name}: JAX cannot use one here")
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no kernels here: {cpu.unavailable()}")
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--types", "Q9_Z"], "--types Q9_Z: expected some of "),
+        (["--rows", "one"], "--rows one: expected numbers"),
+        (["--rows", "1,0"], "--rows 1,0 --repeat 7: expected 1 or more of both"),
+        (["--repeat", "0"], "expected 1 or more of both"),
+        (
+            ["--isa", "generic", "--fast"],
+            "--fast: the fast mode needs AVX-512 VNNI; the kernels run on generic",
+        ),
+    ],
+)
+def test_what_kernel_bench_refuses(flags, line, capsys):
+    try:
+        assert cli.main(["kernel-bench", *flags]) == 2
+    finally:
+        cpu.set_isa()
+    assert line in capsys.readouterr().err
