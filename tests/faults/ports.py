@@ -881,7 +881,7 @@ PORTS: list[Fault] = [
         ),
         ("ffn_out",),
         FFN,
-        ("output-precision", "input-precision"),
+        ("output-precision", "input-precision", "low-precision"),
     ),
     Fault(
         "stale-tile",
@@ -952,7 +952,7 @@ PORTS: list[Fault] = [
         weights("token_embd", _high_ids),
         ("model.input_embed",),
         _EMBED,
-        ("token-offset",),
+        ("token-offset", "wrong-row"),
         "one",
     ),
     Fault(

@@ -22,13 +22,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 import numpy as np
 import oracle
-from faults import catalogue, misread, ports, tiny
+from faults import catalogue, misread, ports, slips, tiny
 from faults.dress import DRESSES
 
 from scarlet_jax.tools import synth
 from scarlet_jax.tools.engines import llama_cpp
 from scarlet_jax.tools.parity import Dump, compare
 from scarlet_jax.tools.parity.weights import parse
+
+COLLECTIONS = {
+    "catalogue": tuple(catalogue.FAULTS),
+    "ports": (*ports.PORTS, *ports.EXPERTS),
+    "slips": (*slips.SLIPS, *slips.EXPERT_SLIPS),
+}
 
 
 class InMemory(dict):
@@ -212,9 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", default="abc")
     parser.add_argument("--only", default="", help="faults whose name contains this")
-    parser.add_argument(
-        "--ports", action="store_true", help="the faults of ports.py instead of the catalogue"
-    )
+    parser.add_argument("--faults", choices=COLLECTIONS, default="catalogue", help="which collection")
     parser.add_argument("--dress", choices=DRESSES, default="plain", help="the reference in another format")
     parser.add_argument("--length", type=int, default=0, help="tokens of every prompt")
     parser.add_argument("--quant", action="store_true", help="wrong decoders too, against llama.cpp")
@@ -233,7 +237,7 @@ def main() -> None:
     results, start = [], time.time()
     settings = tuple(args.settings.split(","))
     quant = misread_outcomes(settings, args.only) if args.quant else ()
-    faults = (*ports.PORTS, *ports.EXPERTS) if args.ports else tuple(catalogue.FAULTS)
+    faults = COLLECTIONS[args.faults]
     injected = outcomes(args.sizes, settings, args.only, faults, args.dress, args.length)
     for outcome in itertools.chain(injected, quant):
         results.append(outcome)

@@ -34,6 +34,18 @@ def tf32(x: np.ndarray) -> np.ndarray:
     return bits.view(np.float32).astype(x.dtype)
 
 
+def e4m3(x: np.ndarray) -> np.ndarray:
+    """Nearest number with 3 mantissa bits: fp8 where it neither overflows nor vanishes."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.rint(mantissa * 16), exponent - 4).astype(x.dtype)
+
+
+def int8_rows(x: np.ndarray) -> np.ndarray:
+    """Integers to 127 times one scale for the whole last axis."""
+    scale = np.abs(x).max(axis=-1, keepdims=True) / 127
+    return np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale != 0)) * scale
+
+
 def q8_0(x: np.ndarray) -> np.ndarray:
     """Blocks of 32 as int8 times an f16 scale, amax/127 (ggml's Q8_0 and, but for its sum, Q8_1)."""
     return _blocks(x, 32, _q8_0_block)
@@ -124,4 +136,13 @@ KV_ROUNDING: dict[str, Rounding] = {
     "q8_0 rotated": rotated(q8_0),
     "q4_0": q4_0,
     "q4_0 rotated": rotated(q4_0),
+}
+
+# What an operand or a state may be kept in, tried when a cause is looked for.
+ROUNDINGS: dict[str, Rounding] = {
+    "bf16": bf16,
+    "f16": f16,
+    "fp8 (e4m3)": e4m3,
+    "int8 with a scale a row": int8_rows,
+    "int8 with a scale for 32": q8_0,
 }

@@ -62,9 +62,12 @@ class Case:
         return self.ours - self.right
 
     def share(self, candidate: np.ndarray, rows: Any = slice(None)) -> float:
-        """The part of the residual's energy that `candidate` in place of the right output explains, on `rows`."""
+        """The part of the residual's energy that `candidate` in place of the right output explains, on `rows`.
+
+        Where our output is next to nothing it is that which has to be met: anything small would explain the residual.
+        """
         whole, left = self.residual[rows], (self.ours - candidate)[rows]
-        energy = float((whole**2).sum())
+        energy = min(float((whole**2).sum()), float((self.ours[rows] ** 2).sum()))
         if not energy or not np.isfinite(left).all():
             return 0.0
         expected = self.floor**2 * whole.size / max(1, self.residual.size)
@@ -86,6 +89,12 @@ class Case:
         )
         whole = all(len(at) >= 0.9 * n for at, n in zip(found, self.ours.shape, strict=False))
         return None if whole or not all(len(at) for at in found) else found
+
+    @functools.cached_property
+    def wrong(self) -> np.ndarray:
+        """bool, which elements are wrong."""
+        energy = self.residual**2
+        return energy > max((10 * self.floor) ** 2 / max(1, energy.size), 1e-9 * energy.max(initial=0))
 
     def _above(self, energy: np.ndarray) -> np.ndarray:
         floor = (10 * self.floor) ** 2 / max(1, len(energy))
@@ -116,6 +125,13 @@ class Case:
             for at, n, word in zip(self.hit, self.ours.shape, words, strict=False)
             if len(at) < 0.9 * n
         )
+
+
+def other_rows(ids: np.ndarray, read: np.ndarray) -> str:
+    """What a person calls it when tokens `ids` find the rows of the ids `read`."""
+    if len(np.unique(read)) == 1 < len(np.unique(ids)):
+        return "token-clamp"
+    return "token-offset" if len(np.unique(read - ids)) == 1 else "wrong-row"
 
 
 def listed(values: np.ndarray) -> str:

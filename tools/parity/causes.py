@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from scarlet_jax.tools.parity import bits, graph, guess, own, structure, swaps
+from scarlet_jax.tools.parity import bits, graph, guess, operands, own, structure, swaps
 from scarlet_jax.tools.parity import guess_mixers as _guess_mixers  # noqa: F401 - registers its guesses
 from scarlet_jax.tools.parity.case import PLACES, Case, Hypothesis
 from scarlet_jax.tools.parity.local import Pair, judge
@@ -60,14 +60,16 @@ def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
     found = [*_variants(case), *_inner_variants(case), *structure.hypotheses(case, pair, Hypothesis)]
     found += [*guess.hypotheses(case), *guess.inputs_alone(case), *_in_part(case, pair)]
     found += [*swaps.other_taps(case, pair, Hypothesis), *swaps.other_inputs(case, Hypothesis)]
-    found += swaps.other_sources(case, Hypothesis)
+    found += operands.hypotheses(case)
     found += [*swaps.unknown_matrix(case, pair, Hypothesis), *swaps.tied_head(case, pair, Hypothesis)]
+    known = weights if weights is not None else pair.reference.learned
+    found += swaps.other_weights(case, known, Hypothesis)
     if case.op is not None and case.op.weight:
-        known = weights if weights is not None else pair.reference.learned
-        found += swaps.other_weights(case, known, Hypothesis)
         found += bits.hypotheses(case, weights, Hypothesis) if weights is not None and tap.qtype else []
-    good = [h for h in found if h.explained >= ENOUGH]
-    return _best(good) if good else None
+    best = _best([h for h in found if h.explained >= ENOUGH])
+    if best is None or best.name in PLACES:
+        return _best(structure.hypotheses(case, pair, Hypothesis, structure.LAST)) or best
+    return best
 
 
 def _in_part(case: Case, pair: Pair) -> Iterator[Hypothesis]:
@@ -83,8 +85,10 @@ def _in_part(case: Case, pair: Pair) -> Iterator[Hypothesis]:
         )
 
 
-def _best(found: Sequence[Hypothesis]) -> Hypothesis:
-    """What explains most; among those that explain practically all, the simplest."""
+def _best(found: Sequence[Hypothesis]) -> Hypothesis | None:
+    """What explains most; among those that explain practically all, the simplest; None of none."""
+    if not found:
+        return None
     top = max(h.explained for h in found)
     slack = 0.02 if top < CERTAIN else max(1e-3, 0.1 * (1 - top))
     close = [h for h in found if h.explained >= top - slack]

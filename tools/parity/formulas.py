@@ -6,6 +6,8 @@ would share its mistakes. Letters as in `scarlet_jax.types`; the token axis come
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -58,11 +60,16 @@ def causal_conv(padded: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return y
 
 
-def rotate(x: np.ndarray, angle: np.ndarray, *, adjacent: bool = False) -> np.ndarray:
-    """Turn the first 2M dims of x (T, N, H) by angle (T, M); dims i, i+M are a pair, or 2i, 2i+1 if adjacent."""
+def rotate(
+    x: np.ndarray, angle: np.ndarray, *, adjacent: bool = False, tables: Callable = lambda table: table
+) -> np.ndarray:
+    """Turn the first 2M dims of x (T, N, H) by angle (T, M); dims i, i+M are a pair, or 2i, 2i+1 if adjacent.
+
+    `tables`: what becomes of cosines and sines before they are used.
+    """
     pairs = angle.shape[-1]
     first, second = pair_dims(pairs, adjacent)
-    cos, sin = np.cos(angle)[:, None].astype(x.dtype), np.sin(angle)[:, None].astype(x.dtype)
+    cos, sin = (tables(table(angle))[:, None].astype(x.dtype) for table in (np.cos, np.sin))
     a, b = x[..., first], x[..., second]
     y = x.copy()
     y[..., first] = a * cos - b * sin
@@ -150,3 +157,53 @@ def delta_rule(
         if not (read_first or read_before):
             o[t] = np.matmul(state, q[t][:, :, None])[..., 0]
     return o, state
+
+
+def delta_rule_by_chunk(
+    q, k, v, g, beta, state, *, chunk, terms=None, start_decays=True, sums=lambda g: np.cumsum(g, axis=0)
+):
+    """The delta rule with the tokens of a chunk solved for together, as kernels do it, and its misreadings.
+
+    Arrays and results as in `delta_rule`. With S the state before the chunk, G the sums of log decays and A what
+    one write of the chunk says of a later key, the writes d solve (1 + A) d = beta (v - e^G S k).
+
+    Args:
+        q: queries, already scaled.
+        k: keys.
+        v: values.
+        g: log decay.
+        beta: write strength.
+        state: the state before the first token.
+        chunk: tokens solved for together.
+        terms: of the series 1 - A + A^2 - ... in place of the solution; None for all.
+        start_decays: whether S is seen to decay within the chunk.
+        sums: g (C, Hv) -> G.
+    """
+    o, state = np.empty_like(v), state.copy()
+    for start in range(0, len(v), chunk):
+        rows = slice(start, start + chunk)
+        qs, ks, vs, strength = (np.moveaxis(x[rows], 0, 1) for x in (q, k, v, beta))
+        total = sums(g[rows]).T  # (Hv, C)
+        size = total.shape[1]
+        lower = np.tril(np.ones((size, size), bool))
+        decay = np.exp(np.where(lower, total[:, :, None] - total[:, None], -np.inf))
+        seen = np.exp(total)[..., None] if start_decays else np.ones((*total.shape, 1))
+        asked = strength[..., None] * (vs - seen * np.matmul(ks, state.swapaxes(1, 2)))
+        mixing = strength[..., None] * decay * np.matmul(ks, ks.swapaxes(1, 2)) * np.tril(lower, -1)
+        write = _inverse(mixing, asked, terms)
+        within = np.matmul(decay * np.matmul(qs, ks.swapaxes(1, 2)), write)
+        o[rows] = np.moveaxis(seen * np.matmul(qs, state.swapaxes(1, 2)) + within, 0, 1)
+        left = np.exp(total[:, -1:] - total)[..., None] * write
+        state = np.exp(total[:, -1])[:, None, None] * state + np.matmul(left.swapaxes(1, 2), ks)
+    return o, state
+
+
+def _inverse(a: np.ndarray, b: np.ndarray, terms: int | None) -> np.ndarray:
+    """(1 + a)^-1 b, or its series cut off."""
+    if terms is None:
+        return np.linalg.solve(np.eye(a.shape[-1]) + a, b)
+    total = part = b
+    for _ in range(terms - 1):
+        part = -np.matmul(a, part)
+        total = total + part
+    return total

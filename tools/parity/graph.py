@@ -95,6 +95,7 @@ class Op:
         source: it follows from nothing in this run (an embedding without its table, a carried state).
         alias: the same array as another tap, or one that nothing reads.
         pointwise: view -> x and factor, where the tap is factor * g(x) with a function g of single elements.
+        summed: view -> the two arrays, where it is their sum.
         normed: view -> x and factor, where it is factor * x over the root of x's squares along the last axis.
     """
 
@@ -111,6 +112,7 @@ class Op:
     alias: bool = False
     pointwise: Parts | None = None
     normed: Parts | None = None
+    summed: Parts | None = None
 
 
 OPS: dict[tuple[str, str], Op] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from scarlet_jax.tools.parity import formulas as f
-from scarlet_jax.tools.parity.case import Case, Hypothesis, listed
+from scarlet_jax.tools.parity.case import Case, Hypothesis, listed, other_rows
 from scarlet_jax.tools.parity.graph import FAILURES, Missing, flat
 
 Guess = tuple[str, np.ndarray] | tuple[str, np.ndarray, Any]
@@ -22,8 +22,14 @@ Guesses = Callable[[Case], Iterator[Guess]]
 GUESSES: dict[str, list[Guesses]] = {}
 
 
-# Names that fit much: they stand back where a plainer one fits as well.
-_VAGUE = {"conv-kernel": 7, "softmax-normalisation": 4, "activation": 5, "rope-angle": 6, "state-reset": 4}
+# Names that fit much stand back where a plainer one fits as well; those that only a known loop leaves come first.
+_VAGUE = {
+    **dict.fromkeys(("chunk-boundary", "rope-sections"), 0),
+    **dict.fromkeys(("branch-gain", "residual-gain"), 3),
+    **dict.fromkeys(("softmax-normalisation", "state-reset"), 4),
+    **dict.fromkeys(("activation", "approximation"), 5),
+    **{"rope-angle": 6, "conv-kernel": 7},
+}
 
 
 def of(*ops: str) -> Callable[[Guesses], Guesses]:
@@ -46,6 +52,8 @@ def hypotheses(case: Case) -> list[Hypothesis]:
         looks += [_denominator, _few_channels]
     if case.op.pointwise is not None:
         looks += [_other_function, _of_two]
+    if case.op.summed is not None:
+        looks += [_other_sum]
     found = []
     for look in looks:
         try:
@@ -134,7 +142,16 @@ def _other_function(case: Case) -> Iterator[Guess]:
     shown = ", ".join(
         f"g({a:.2g}) = {v:.3g}" for a, v in zip(at, np.interp(at, known[order], y[order]), strict=True)
     )
-    yield f"activation, another function of the same input: {shown}", candidate, held
+    name = "approximation" if _close(candidate, case.right) else "activation"
+    yield f"{name}, another function of the same input: {shown}", candidate, held
+
+
+def _close(candidate: np.ndarray, right: np.ndarray) -> bool:
+    """Whether a function is the right one but for a few percent."""
+    return bool(np.linalg.norm(candidate - right) < _COARSE * np.linalg.norm(right))
+
+
+_COARSE = 0.05
 
 
 def _of_two(case: Case) -> Iterator[Guess]:
@@ -166,6 +183,19 @@ def _shaped(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return x.reshape(case.ours.shape), np.broadcast_to(factor, x.shape).reshape(case.ours.shape)
 
 
+# --- sums: out = stream + branch --------------------------------------------------------------------------------
+
+
+def _other_sum(case: Case) -> Iterator[Guess]:
+    """Either part with a factor of its own, fitted on the even tokens."""
+    stream, branch = (x.reshape(case.ours.shape) for x in case.op.summed(case.view))
+    fit, held = case.halves()
+    parts = np.stack([stream[fit].ravel(), branch[fit].ravel()], axis=1)
+    (a, b), *_ = np.linalg.lstsq(parts, case.ours[fit].ravel(), rcond=None)
+    name = "branch-gain" if abs(a - 1) < abs(b - 1) else "residual-gain"
+    yield f"{name}, {a:.4g} times the stream and {b:.4g} times the branch", a * stream + b * branch, held
+
+
 # --- softmax: out = exp(scores) over their sum -----------------------------------------------------------------
 
 
@@ -178,6 +208,29 @@ def _temperature(case: Case) -> Iterator[Guess]:
     factor = float((a * b).sum() / max((b * b).sum(), 1e-300))
     scores = np.where(case.right > 0, factor * np.log(right), -np.inf)
     yield f"missing-scale, the scores times {factor:.4g}", f.softmax(scores)
+
+
+@of("kq_soft_max", "ffn_moe_probs")
+def _other_exponential(case: Case) -> Iterator[Guess]:
+    """Another function in place of the exponential, read off the even rows and tried on the odd ones."""
+    fit, held = case.halves()
+    right, ours = (np.maximum(x, 0) for x in (case.right, case.ours))
+    top = right.argmax(axis=-1)[..., None]
+    scores, ratio = (x / np.take_along_axis(x, top, axis=-1) for x in (right, ours))
+    scores = np.log(np.maximum(scores, 1e-30))
+    seen = right > 0
+    known, y = scores[fit][seen[fit]], ratio[fit][seen[fit]]
+    if known.size < 64 or fit == held or not np.isfinite(y).all():
+        return
+    order = np.argsort(known)
+    made = np.where(seen, np.interp(scores, known[order], y[order]), 0)
+    candidate = _normalised_rows(made)
+    if _close(candidate, case.right):
+        yield "approximation, another function in place of the exponential", candidate, held
+
+
+def _normalised_rows(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(x.sum(axis=-1, keepdims=True), 1e-300)
 
 
 def _centred(x: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -214,16 +267,8 @@ def _other_rows(case: Case) -> Iterator[Guess]:
     read = np.array([((table - case.ours[t]) ** 2).sum(axis=1).argmin() for t in wrong])
     candidate = case.right.copy()
     candidate[wrong] = table[read]
-    offsets = np.unique(read - ids[wrong])
-    name = (
-        "token-clamp"
-        if len(np.unique(read)) == 1 < len(wrong)
-        else "token-offset"
-        if len(offsets) == 1
-        else "wrong-row"
-    )
     pairs = ", ".join(f"{a} reads {b}" for a, b in list(zip(ids[wrong], read, strict=True))[:4])
-    yield f"{name}, ids read the rows of others: {pairs}", candidate
+    yield f"{other_rows(ids[wrong], read)}, ids read the rows of others: {pairs}", candidate
 
 
 # --- products: out = x W^T -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from scarlet_jax.tools.parity import formulas as f
+from scarlet_jax.tools.parity.arithmetic import ROUNDINGS
 from scarlet_jax.tools.parity.case import Case, listed
 from scarlet_jax.tools.parity.graph import Missing, heads
 from scarlet_jax.tools.parity.guess import Guess, of, per_group
@@ -127,10 +128,12 @@ def _angles(case: Case) -> Iterator[Guess]:
     for pairs, adjacent in {(half, False), (half, True), (facts.rotary // 2, facts.adjacent)}:
         if pairs and tokens >= 3:
             angle = fitted_angles(x[:, fit], case.ours[:, fit], pairs, adjacent)
-            yield _angle_story(angle, pairs, adjacent, facts), f.rotate(x, angle, adjacent=adjacent), held
+            story = _angle_story(angle, pairs, adjacent, case.view)
+            yield story, f.rotate(x, angle, adjacent=adjacent), held
 
 
-def _angle_story(angle: np.ndarray, pairs: int, adjacent: bool, facts: Any) -> str:
+def _angle_story(angle: np.ndarray, pairs: int, adjacent: bool, view: Any) -> str:
+    facts = view.facts
     if adjacent != facts.adjacent:
         return f"rope-pairing, {'neighbouring' if adjacent else 'half-apart'} dims are rotated together"
     if 2 * pairs != facts.rotary:
@@ -139,6 +142,10 @@ def _angle_story(angle: np.ndarray, pairs: int, adjacent: bool, facts: Any) -> s
     told = np.arange(len(angle))[:, None] * turn + angle[0]
     if np.abs(np.exp(1j * (angle - told)) - 1).max() > 1e-2:
         return "rope-angle, the angles do not grow evenly with the position"
+    right = angles(view, 2)
+    factor = turn[-1] / (right[1] - right[0])[-1]
+    if np.abs(np.exp(1j * (turn - factor * (right[1] - right[0]))) - 1).max() < 1e-3:
+        return f"rope-scale, all angles are {factor:.5g} times the right ones"
     base = _base_of(turn)
     if base and facts.rope_base and abs(base / facts.rope_base - 1) > 1e-2:
         return f"rope-base, the angles are those of base {base:.4g} instead of {facts.rope_base:g}"
@@ -197,6 +204,7 @@ def _kernel(case: Case) -> Iterator[Guess]:
 
 _CARRIED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "lost": lambda past: 0 * past,
+    "short of its first row": lambda past: np.concatenate([0 * past[:1], past[1:]]),
     "reversed": lambda past: past[::-1],
     "one token late": lambda past: np.concatenate([0 * past[:1], past[:-1]]),
     "one token early": lambda past: np.concatenate([past[1:], past[-1:]]),
@@ -217,18 +225,59 @@ def _conv_history(case: Case) -> Iterator[Guess]:
         )
 
 
+@of("conv_output_raw")
+def _after_boundaries(case: Case) -> Iterator[Guess]:
+    """Wrong where the convolution reaches back over a chunk's start, at every chunk, and nowhere else."""
+    reach = case.view.facts.conv_kernel - 1
+    if case.hit is None:
+        return
+    for period in (n for n in _CHUNKS if reach < n < len(case.ours)):
+        starts = set(range(period, len(case.ours), period))
+        if starts <= set(case.hit[0].tolist()) and (case.hit[0] % period < reach).all() and case.hit[0][0]:
+            text = f"chunk-boundary, only the first {reach} tokens of chunks of {period} are wrong"
+            yield text, case.within(case.ours)
+
+
+_STATES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "lost": lambda s: 0 * s,
+    "transposed": lambda s: np.swapaxes(s, -1, -2),
+    "halved": lambda s: s / 2,
+    "the head's before": lambda s: np.roll(s, 1, axis=0),
+    "the head's after": lambda s: np.roll(s, -1, axis=0),
+    **{f"rounded to {label}": rounding for label, rounding in ROUNDINGS.items()},
+}
+
+
 @of("attn_output:ssm", "new_state:ssm")
 def _state_at_chunks(case: Case) -> Iterator[Guess]:
     out = int(case.op.name == "new_state")
-    changes = {
-        "lost": lambda s: 0 * s,
-        "transposed": lambda s: np.swapaxes(s, -1, -2),
-        "halved": lambda s: s / 2,
-    }
     for first, period in _boundaries(case):
-        for label, carry in changes.items():
+        for label, carry in _STATES.items():
             text = f"chunk-boundary, from token {first} on the state is {label} between chunks of {period}"
             yield text, by_chunk(case.view, out, carry, period, first)
+
+
+_WITHIN: dict[str, dict[str, Any]] = {
+    "chunk-solve, writes within chunks of {} do not see each other": {"terms": 1},
+    "chunk-solve, the series of a chunk of {} ends after two terms": {"terms": 2},
+    "chunk-solve, the series of a chunk of {} ends after three terms": {"terms": 3},
+    "decay, the state before a chunk of {} does not decay within": {"start_decays": False},
+    **{
+        f"decay-precision, the sums of log decays in chunks of {{}} in {label}": {
+            "sums": lambda g, rounding=rounding: rounding(np.cumsum(g, axis=0))
+        }
+        for label, rounding in ROUNDINGS.items()
+    },
+}
+
+
+@of("attn_output:ssm", "new_state:ssm")
+def _within_chunks(case: Case) -> Iterator[Guess]:
+    """The tokens of a chunk solved for together, one part of that left out or in few bits."""
+    out, tokens = int(case.op.name == "new_state"), len(case.view("v_conv_predelta"))
+    for chunk in (n for n in _CHUNKS if n < 2 * tokens):
+        for text, twist in _WITHIN.items():
+            yield text.format(chunk), delta(case.view, out=out, chunk=chunk, **twist)
 
 
 @of("attn_output:ssm")

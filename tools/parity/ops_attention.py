@@ -89,7 +89,16 @@ def _rope(v: Any, name: str, **change: Any) -> np.ndarray:
     x = heads(v(f"{name}_normed"), v.facts.head_dim)
     angle = angles(v, len(x))
     angle = change["angle"](angle) if "angle" in change else angle
-    return f.rotate(x, angle, adjacent=v.facts.adjacent != change.get("other_pairing", False))
+    adjacent = v.facts.adjacent != change.get("other_pairing", False)
+    return f.rotate(x, angle, adjacent=adjacent, tables=change.get("tables", lambda table: table))
+
+
+def _rope_first(v: Any, name: str) -> np.ndarray:
+    """Turned, then normed."""
+    raw, stem = ("Qcur_reshaped", "attn_q_norm") if name == "Qcur" else ("Kcur_projected", "attn_k_norm")
+    x = heads(v(raw), v.facts.head_dim)
+    turned = f.rotate(x, angles(v, len(x)), adjacent=v.facts.adjacent)
+    return f.rms(turned, v.facts.eps) * v.weight(stem)
 
 
 def _fit_rope(name: str) -> Fit:
@@ -212,6 +221,9 @@ for _name in ("Qcur", "Kcur"):
             "rope-scale": lambda v, name=_name: _rope(v, name, angle=lambda a: a / 2),
             "rope-precision, angles in bf16": lambda v, name=_name: _rope(v, name, angle=bf16),
             "rope-precision, angles in f16": lambda v, name=_name: _rope(v, name, angle=f16),
+            "rope-precision, tables in bf16": lambda v, name=_name: _rope(v, name, tables=bf16),
+            "rope-precision, tables in f16": lambda v, name=_name: _rope(v, name, tables=f16),
+            "norm-order, rotated before the norm": lambda v, name=_name: _rope_first(v, name),
             "rope-partial": lambda v, name=_name: _full_rotation(v, name),
             "rope-partial, halves of the whole head paired": lambda v, name=_name: _padded_rotation(v, name),
             "rope-partial, the last dims of a head": lambda v, name=_name: _last_dims(v, name),

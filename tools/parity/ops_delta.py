@@ -10,7 +10,7 @@ import numpy as np
 
 from scarlet_jax.tools.parity import activations
 from scarlet_jax.tools.parity import formulas as f
-from scarlet_jax.tools.parity.arithmetic import bf16, f16
+from scarlet_jax.tools.parity.arithmetic import ROUNDINGS, Rounding
 from scarlet_jax.tools.parity.graph import Run, add, flat, heads, known
 from scarlet_jax.tools.parity.ops_shared import EPS, delayed, elementwise, fit_gain, linear, nothing, sigmoid
 
@@ -286,7 +286,8 @@ def delta(
     read = _key_head(view, k.shape[1], hv, other_heads) if read is None else read
     factor = scale if scale is not None else 1.0 if view.facts.query_scaled else q.shape[-1] ** -0.5
     state = view.state("state_predelta", (hv, values.shape[-1], k.shape[-1]))
-    o, last = f.delta_rule(
+    rule = f.delta_rule_by_chunk if "chunk" in twist else f.delta_rule
+    o, last = rule(
         change["q"](q[:, read] * q.dtype.type(factor)),
         change["k"](k[:, read]),
         change["v"](values),
@@ -339,6 +340,11 @@ class _Rows:
         return self._v.state(name, shape) if self._state is None else self._state
 
 
+def _factor_as(rounding: Rounding) -> Rounding:
+    """Log decays whose factors were rounded."""
+    return lambda g: np.log(np.maximum(rounding(np.exp(g)), 1e-30))
+
+
 def _delta_variants(out: int) -> dict[str, Run]:
     def twist(**changes: Any) -> Run:
         return lambda v: delta(v, out=out, **changes)
@@ -371,8 +377,8 @@ def _delta_variants(out: int) -> dict[str, Run]:
         "update-order, before the decay": twist(read_before=True),
         "state-transposed": twist(state=_transposed),
         "state-reset": twist(state=lambda s: 0 * s),
-        "state-precision, bf16": twist(rounding=bf16),
-        "state-precision, f16": twist(rounding=f16),
+        **{f"state-precision, {label}": twist(rounding=to) for label, to in ROUNDINGS.items()},
+        **{f"decay-precision, {label}": twist(g=_factor_as(to)) for label, to in ROUNDINGS.items()},
         "token-shift": twist(v=delayed),
         "token-shift, keys": twist(k=delayed),
         "swapped-q-k": lambda v: delta(_Swapped(v, "q_conv_predelta", "k_conv_predelta"), out=out),

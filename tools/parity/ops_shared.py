@@ -137,6 +137,7 @@ def residual(name: str, kind: str, klass: str, stream, branch, **more: Run) -> N
         klass,
         lambda v: stream(v) + branch(v),
         variants={**_residual_variants(stream, branch), **variants},
+        summed=lambda v: (stream(v), branch(v)),
     )
 
 
@@ -179,6 +180,8 @@ def swiglu(name: str, kind: str, klass: str, gate: str, up: str) -> None:
             "swapped-gate-up": lambda v: v(gate) * f.silu(v(up)),
             "missing-gate": lambda v: v(up),
             "missing-up": lambda v: f.silu(v(gate)),
+            "up-offset": lambda v: f.silu(v(gate)) * (v(up) + 1),
+            "activation-order": lambda v: f.silu(v(gate) * v(up)),
         },
     )
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from scarlet_jax.tools.parity.arithmetic import bf16, f16, q8_0
-from scarlet_jax.tools.parity.case import listed
+from scarlet_jax.tools.parity.arithmetic import Rounding, bf16, f16, q8_0
+from scarlet_jax.tools.parity.case import listed, other_rows
 from scarlet_jax.tools.parity.swaps import channel_orders
 
 Make = Callable[..., Any]
@@ -145,9 +145,7 @@ def _copies(case: Any, _: Any) -> Found:
         return
     for axis, word in ((0, "token"), (case.ours.ndim - 1, "channel")):
         a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (case.ours, case.right))
-        mask = np.zeros(case.ours.shape, bool)
-        mask[np.ix_(*case.hit)] = True
-        hit = np.moveaxis(mask, axis, 0).reshape(a.shape)
+        hit = np.moveaxis(case.wrong, axis, 0).reshape(a.shape)
         wrong = np.flatnonzero(hit.any(axis=1))
         if not 0 < len(wrong) <= min(256, 0.9 * len(a)):
             continue
@@ -157,8 +155,19 @@ def _copies(case: Any, _: Any) -> Found:
             candidate[i] = np.where(hit[i], b[j], b[i])
         back = np.moveaxis(candidate.reshape(np.moveaxis(case.ours, axis, 0).shape), 0, axis)
         pairs = ", ".join(f"{i} is {j}" for i, j in list(source.items())[:4])
-        name = "stale-row" if axis == 0 else "kv-cache" if case.tap.op == "kq" else "channel-copy"
+        name = _copied_row(case, source) if axis == 0 else "kv-cache" if case.tap.op == "kq" else "channel-copy"
         yield name, case.share(back), f"{word}s hold what others should: {pairs}", "structure", 4
+
+
+def _copied_row(case: Any, source: dict[int, int]) -> str:
+    """Rows of a table are other ids' rows; all others have stayed from another token."""
+    if case.op is None or case.op.klass != "embedding" or case.view is None:
+        return "stale-row"
+    ids = np.asarray(case.view.facts.tokens)[slice(*case.view.facts.kept)]
+    if len(ids) != len(case.ours):
+        return "wrong-row"
+    copied = {i: j for i, j in source.items() if np.allclose(case.ours[i], case.right[j], rtol=1e-3)}
+    return other_rows(ids[list(copied)], ids[list(copied.values())])
 
 
 def _nearest(row: np.ndarray, rows: np.ndarray, where: np.ndarray) -> int:
@@ -268,6 +277,76 @@ def _precision(case: Any, _: Any) -> Found:
         yield "output-precision", case.share(rounding(case.right)), text, "structure", 1
 
 
+def _on_grid(case: Any, _: Any) -> Found:
+    """Our values are numbers of a short format and the right ones are not: sums were kept, or results stored, in it."""
+    for label, rounding in (("bf16", bf16), ("f16", f16)):
+        ours, right = (float(np.mean(_is_nearly(x, rounding))) for x in (case.ours, case.right))
+        step = np.linalg.norm(rounding(case.right) - case.right)
+        if ours > 0.99 and right < 0.5 and np.linalg.norm(case.residual) < _ROUNDINGS * step:
+            text = f"{ours:.1%} of our values are numbers of {label}, {right:.1%} of the right ones"
+            yield "output-precision", ours, text, "structure", 3
+
+
+_ROUNDINGS = 32  # more errors of one rounding than a sum in a short format collects
+
+
+def _is_nearly(x: np.ndarray, rounding: Rounding) -> np.ndarray:
+    return np.abs(rounding(x) - x) <= 2.0**-22 * np.abs(x)
+
+
+def _noise(case: Any, _: Any) -> Found:
+    """A product with a plain matrix, wrong by little and as rounding errors are: even, normal, unlike the output.
+
+    Not where the matrix is stored in blocks of few bits: those misread look the same.
+    """
+    if case.op is None or not case.op.linear or case.tap.qtype not in ("", "F32", "F16", "BF16"):
+        return
+    residual, right = (x.reshape(len(x), -1) for x in (case.residual, case.right))
+    size = np.linalg.norm(residual) / max(np.linalg.norm(right), 1e-300)
+    if residual.size < 1024 or not 0 < size < 0.03 or case.hit is not None:
+        return
+    alike = abs(np.vdot(residual, right)) / (np.linalg.norm(residual) * np.linalg.norm(right))
+    scaled = residual / np.sqrt(np.mean(residual**2, axis=1, keepdims=True))
+    peaked = float(np.mean(scaled**4))
+    uneven = max(_unevenness(residual), _unevenness(residual.T))
+    if alike < 0.05 and 2 < peaked < 4 and uneven < 4:
+        text = f"errors of {size:.1g} that look like rounding: as large everywhere, unlike the output"
+        yield "low-precision", 0.9, text, "structure", 2
+
+
+def _unevenness(x: np.ndarray) -> float:
+    """The largest over the median root mean square of the rows."""
+    rows = np.sqrt(np.mean(x**2, axis=1))
+    return float(rows.max() / max(np.median(rows), 1e-300))
+
+
+def _race(case: Any, _: Any) -> Found:
+    """A few elements anywhere, large and small alike: whatever went wrong does not depend on what was computed."""
+    wrong = case.wrong
+    if case.op is None or not case.op.linear or not 8 <= wrong.sum() <= 0.03 * wrong.size:
+        return
+    inside = wrong if case.hit is None else wrong[np.ix_(*case.hit)]
+    usual, hit = (float(np.mean(np.abs(x))) for x in (case.right, case.right[wrong]))
+    if inside.mean() < 0.2 and 0.5 < hit / usual < 2:
+        text = f"{int(wrong.sum())} of {wrong.size} elements are wrong, anywhere and of any size"
+        yield "race", 1.0, text, "structure", 1
+
+
+def _garbage(case: Any, _: Any) -> Found:
+    """One block of tokens and channels that has nothing to do with what it should be, in an operation by token."""
+    if case.hit is None or case.op is None or not (case.op.linear or case.op.pointwise or case.op.summed):
+        return
+    at = np.ix_(*case.hit)
+    ours, right = case.ours[at].ravel(), case.right[at].ravel()
+    block = all(len(i) == i[-1] - i[0] + 1 or len(i) >= 0.9 * n for i, n in zip(case.hit, case.ours.shape, strict=True))
+    if not block or ours.size < 32 or not ours.any():
+        return
+    alike = abs(np.vdot(ours, right)) / max(np.linalg.norm(ours) * np.linalg.norm(right), 1e-300)
+    if alike < 3 / ours.size**0.5 and case.wrong[at].mean() > 0.99:
+        text = f"{case.where()} hold numbers that have nothing to do with what they should be"
+        yield "garbage", 1.0, text, "structure", 1
+
+
 def _grid(case: Any, _: Any) -> Found:
     """Whole numbers times one scale: for everything, a token, a channel or a run along the last axis."""
     axes = tuple(range(case.right.ndim))
@@ -329,12 +408,13 @@ def _part(case: Any, _: Any) -> Found:
         return
     yield from _tokens_hit(case, energy.sum(axis=1))
     yield from _channels_hit(case, energy)
-    wrong = energy > max((10 * case.floor) ** 2 / energy.size, 1e-9 * energy.max())
+    wrong = case.wrong
     if wrong.mean() < 0.1 and case.hit is None:
         text = (
             f"{int(wrong.sum())} of {wrong.size} elements are wrong, scattered over all tokens and channels"
         )
-        yield "scattered", float(energy[wrong].sum() / energy.sum()), text, "structure", 11
+        inside = float(energy[wrong.reshape(energy.shape)].sum() / energy.sum())
+        yield "scattered", inside, text, "structure", 11
 
 
 def _tokens_hit(case: Any, rows: np.ndarray) -> Found:
@@ -405,6 +485,7 @@ _LOOKS = (
     _heads,
     _channels,
     _precision,
+    _on_grid,
     _grid,
     _axes,
     _clip,
@@ -414,5 +495,7 @@ _LOOKS = (
     _started,
     _part,
 )
+# What is said where nothing else explains the residual: they tell its nature and not how it came about.
+LAST = (_race, _garbage, _noise)
 # What some tokens, heads or channels may have on their own.
 IN_PART = (_zeros, _gain, _bias, _channel_gain, _shift, _heads, _channels, _precision, _clip, _token_offset)

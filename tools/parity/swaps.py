@@ -1,20 +1,26 @@
-"""The right operation on the wrong thing: another weight, another tap, its input's heads in another order."""
+"""The right operation with another weight, the output of another tap, a product's inputs in another order."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from scarlet_jax.tools.parity.graph import FAILURES, Op, find
+from scarlet_jax.tools.parity.arithmetic import ROUNDINGS
+from scarlet_jax.tools.parity.graph import FAILURES, find
+from scarlet_jax.tools.parity.operands import inputs_read, same_array
 from scarlet_jax.tools.parity.weights import LARGE
 
 Make = Callable[..., Any]
 
 # Pairs of taps whose exchange has a name of its own.
 _NAMED = {frozenset(("ffn_gate", "ffn_up")): "swapped-gate-up"}
+
+
+_COPY = 0.99  # of the residual: below that it is like the other tap, and something else
 
 
 def other_taps(case: Any, pair: Any, make: Make) -> list[Any]:
@@ -24,7 +30,7 @@ def other_taps(case: Any, pair: Any, make: Make) -> list[Any]:
         other, _, number = name.rpartition("-")
         if layer is None or number != str(layer) or other == op:
             continue
-        if case.op is not None and other in _same_array(op):
+        if case.op is not None and other in same_array(op):
             continue
         candidate = np.asarray(pair.reference.taps[name], np.float64)
         if candidate.size != case.ours.size or candidate.dtype.kind != "f":
@@ -33,9 +39,9 @@ def other_taps(case: Any, pair: Any, make: Make) -> list[Any]:
         cause = _NAMED.get(
             frozenset((op, other)), "wrong-weight" if _both_products(case, other) else "wrong-tap"
         )
-        found.append(
-            make(cause, explained, f"ours is the reference's {name}: {explained:.2%}", "structure", 4)
-        )
+        if explained > _COPY:
+            text = f"ours is the reference's {name}: {explained:.2%}"
+            found.append(make(cause, explained, text, "structure", 4))
         if cause in ("wrong-weight", "swapped-gate-up"):
             found += _dealt(case, name, candidate.reshape(len(case.ours), -1), make)
     return found
@@ -59,83 +65,45 @@ def _both_products(case: Any, other: str) -> bool:
     found = find(other, case.tap.kind)
     if case.op is None or found is None or case.view is None:
         return False
-    return case.op.linear and found.linear and _input(case.view, case.op) == _input(case.view, found)
-
-
-def _input(view: Any, op: Op) -> tuple[str, ...]:
-    probe = view.fresh()
-    with contextlib.suppress(*FAILURES):
-        op.run(probe)
-    return tuple(probe.used)
-
-
-def other_sources(case: Any, make: Make) -> list[Any]:
-    """The operation re-run with one of the taps that it reads exchanged for another of its shape."""
-    if case.view is None or case.op is None or case.op.kind == "end" or case.ours.size > 1 << 20:
-        return []
-    found = []
-    for name in dict.fromkeys(n.rpartition("-")[0] for n in _input(case.view, case.op) if "-" in n):
-        wanted = case.view(name)
-        for other in _of_layer(case.view):
-            if other == name or other == case.op.name or other in _same_array(name):
-                continue
-            instead = case.view.before() if other == "before" else case.view(other)
-            if instead.shape != wanted.shape or instead is wanted:
-                continue
-            explained = _with_tap(case, name, instead)
-            word = "the stream before the layer" if other == "before" else other
-            text = f"re-run with {word} in place of {name}: {explained:.2%} explained"
-            found.append(make("wrong-input", explained, text, "swap", 3))
-    return found
-
-
-def _of_layer(view: Any) -> list[str]:
-    layer = str(view.layer)
-    names = (n.rpartition("-") for n in view.run.taps)
-    entering = ["before"] if view.run.before.get(view.layer) in view.run.taps else []
-    return [op for op, _, number in names if number == layer] + entering
-
-
-def _with_tap(case: Any, name: str, instead: np.ndarray) -> float:
-    view = case.view.fresh()
-    view.replace(name, instead)
-    try:
-        with np.errstate(all="ignore"):
-            value = np.asarray(case.op.run(view), np.float64)
-    except FAILURES:
-        return 0.0
-    return case.share(value.reshape(case.ours.shape)) if value.size == case.ours.size else 0.0
-
-
-def _same_array(op: str) -> tuple[str, ...]:
-    return {
-        "linear_attn_qkv_mixed": ("qkv_mixed_transposed",),
-        "attn_pregate": ("kqv",),
-        "kqv": ("attn_pregate",),
-    }.get(op, ())
+    return case.op.linear and found.linear and inputs_read(case.view, case.op) == inputs_read(case.view, found)
 
 
 def other_weights(case: Any, weights: Mapping, make: Make) -> list[Any]:
-    """The operation re-run with every other weight of the same shape in this layer, and its own of other layers."""
-    if case.view is None:
+    """The operation re-run with every other weight of the same shape in this layer, and its own of other layers.
+
+    Its weight, or one of an operation before it that was not dumped.
+    """
+    if case.view is None or case.op is None:
         return []
-    found, stem, layer = [], case.op.weight, case.tap.layer
+    probe = case.view.fresh()
+    with contextlib.suppress(*FAILURES):
+        case.op.run(probe)
+    stems = dict.fromkeys(op.weight for op in (case.op, *probe.computed) if op.weight)
+    return [found for stem in stems for found in _other_weight(case, stem, weights, make)]
+
+
+def _other_weight(case: Any, stem: str, weights: Mapping, make: Make) -> Iterator[Any]:
+    layer = case.tap.layer
     key = (layer if (layer, stem) in weights else None, stem)
     if key not in weights or (hasattr(weights, "elements") and weights.elements(key) > LARGE):
-        return []
+        return
     shape = np.shape(weights[key])
     for other, label in _candidates(weights, key):
         if np.shape(weights[other]) != shape:
             continue
         explained = _rerun(case, stem, np.asarray(weights[other]))
         cause = _NAMED.get(frozenset((stem, other[1])), "wrong-weight")
-        found.append(make(cause, explained, f"re-run with {label}: {explained:.2%} explained", "swap", 1))
-    for label, change in _rearrangements(case, shape):
-        explained = _rerun(case, stem, change(np.asarray(weights[key])))
+        yield make(cause, explained, f"re-run with {label}: {explained:.2%} explained", "swap", 1)
+    own = np.asarray(weights[key])
+    for label, change in _rearrangements(case, stem, shape):
+        explained = _rerun(case, stem, change(own))
         vector = len(shape) < 2 and shape != (case.view.facts.value_heads,)
         cause = "head-permutation" if "heads" in label and not vector else "weight-layout"
-        found.append(make(cause, explained, f"re-run with the weight {label}: {explained:.2%}", "swap", 3))
-    return found
+        yield make(cause, explained, f"re-run with the weight {label}: {explained:.2%}", "swap", 3)
+    for label, rounding in ROUNDINGS.items():
+        explained = _rerun(case, stem, rounding(own))
+        text = f"re-run with the weight rounded to {label}: {explained:.2%} explained"
+        yield make("weight-precision", explained, text, "swap", 3)
 
 
 def _candidates(
@@ -172,7 +140,7 @@ _STEMS = (
 
 
 def _rearrangements(
-    case: Any, shape: tuple[int, ...]
+    case: Any, stem: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
     facts = case.view.facts
     rows = shape[0] if shape else 0
@@ -187,15 +155,14 @@ def _rearrangements(
 
 
 def _rerun(case: Any, stem: str, weight: np.ndarray) -> float:
-    view, original = case.view, case.view.weight
+    view = case.view.fresh()
+    original = view.weight
     view.weight = lambda name: weight.astype(view.dtype) if name == stem else original(name)
     try:
         with np.errstate(all="ignore"):
             value = np.asarray(case.op.run(view), np.float64)
     except FAILURES:
         return 0.0
-    finally:
-        del view.weight
     return case.share(value.reshape(case.ours.shape)) if value.size == case.ours.size else 0.0
 
 
@@ -219,31 +186,71 @@ def other_inputs(case: Any, make: Make) -> list[Any]:
 
 
 def unknown_matrix(case: Any, pair: Any, make: Make) -> list[Any]:
-    """A product with a matrix that nobody gave, on inputs exchanged or left out.
+    """A product with a matrix that nobody gave: on other inputs than it should have, or with another layer's matrix.
 
     The inputs as supposed are combined from the reference's, and the outputs must be the same combination. What
     is outside the span of the reference's inputs nobody can foretell: where that is much, nothing is said.
     """
-    tap, found = case.tap, []
+    tap = case.tap
     if case.op is None or not case.op.linear or tap.local is None or tap.local.method != "span":
-        return found
-    taps = [
-        (run.taps[n], run.taps[tap.name]) for run in (pair.ours, pair.reference) for n in tap.local.inputs
-    ]
-    (x, y), (x_ref, y_ref) = (tuple(np.asarray(a, np.float64).reshape(len(a), -1) for a in t) for t in taps)
-    gram = x_ref @ x_ref.T
-    solve = x_ref.T @ np.linalg.inv(gram + 1e-10 * np.trace(gram) / len(gram) * np.eye(len(gram)))
-    gain = float((y_ref**2).sum() / max((x_ref**2).sum(), 1e-300))
-    energy = float((case.residual**2).sum())
-    for name, text, supposed in _supposed_inputs(x, pair.reference.facts):
-        mixing = supposed @ solve
-        unseen = gain * float(((supposed - mixing @ x_ref) ** 2).sum())
+        return []
+    (source,) = tap.local.inputs
+    x, y = _rows_of(pair.ours, source), _rows_of(pair.ours, tap.name)
+    known = _Matrix(_rows_of(pair.reference, source), _rows_of(pair.reference, tap.name))
+    supposed = itertools.chain(_supposed_inputs(x, pair.reference.facts), _other_inputs(case, pair, source, x))
+    found = [make(*guess, "swap", 5) for guess in _foretold(case, known, supposed, y)]
+    for layer in (tap.layer + by for by in (-1, 1, -2, 2)) if tap.layer is not None else ():
+        names = [f"{name.rpartition('-')[0]}-{layer}" for name in (source, tap.name)]
+        if all(name in pair.reference.taps for name in names):
+            other = _Matrix(*(_rows_of(pair.reference, name) for name in names))
+            guess = [("wrong-weight", f"the matrix is that of layer {layer}", x)]
+            found += [make(*told, "swap", 5) for told in _foretold(case, other, guess, y)]
+    return found
+
+
+def _rows_of(run: Any, name: str) -> np.ndarray:
+    x = np.asarray(run.taps[name], np.float64)
+    return x.reshape(len(x), -1)
+
+
+class _Matrix:
+    """A matrix as far as inputs x (T, in) and outputs y (T, out) tell."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray):
+        self.x, self.y = x, y
+        gram = x @ x.T
+        self._solve = x.T @ np.linalg.inv(gram + 1e-10 * np.trace(gram) / len(gram) * np.eye(len(gram)))
+        self._gain = float((y**2).sum() / max((x**2).sum(), 1e-300))
+
+    def times(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+        """Its product with other inputs, and the energy of what they have beyond those known."""
+        mixing = x @ self._solve
+        return mixing @ self.y, self._gain * float(((x - mixing @ self.x) ** 2).sum())
+
+
+def _foretold(
+    case: Any, known: _Matrix, supposed: Iterable[tuple[str, str, np.ndarray]], y: np.ndarray
+) -> Iterator[tuple[str, float, str]]:
+    """(name, explained, text) of each of the (name, text, inputs) supposed."""
+    energy = min(float((case.residual**2).sum()), float((y**2).sum()))
+    for name, text, inputs in supposed:
+        told, unseen = known.times(inputs)
         if unseen > 0.3 * energy or not energy:
             continue
-        left = float(((y - mixing @ y_ref) ** 2).sum())
+        left = float(((y - told) ** 2).sum())
         explained = 1 - max(0.0, left - 1.3 * unseen - case.floor**2) / energy
-        found.append(make(name, explained, f"{text}: {explained:.2%} explained", "swap", 5))
-    return found
+        yield name, explained, f"{text}: {explained:.2%} explained"
+
+
+def _other_inputs(case: Any, pair: Any, source: str, x: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Other taps of our engine's that the product may have read, of the layer or entering it."""
+    layer = str(case.tap.layer)
+    entering = pair.ours.before.get(case.tap.layer)
+    for name in pair.ours.taps:
+        if (name.rpartition("-")[2] == layer or name == entering) and name not in (source, case.tap.name):
+            other = pair.ours.taps[name]
+            if other.size == x.size and len(other) == len(x):
+                yield "wrong-input", f"{name} in place of {source}", _rows_of(pair.ours, name)
 
 
 def _supposed_inputs(x: np.ndarray, facts: Any) -> Iterator[tuple[str, str, np.ndarray]]:

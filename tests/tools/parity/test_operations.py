@@ -19,6 +19,8 @@ HARMLESS = {
     "chunk-boundary",
     "chunk-boundary, state transposed",
     "stale-state",
+    "state-precision, int8 with a scale for 32",  # heads of other lengths
+    "decay-precision, int8 with a scale for 32",
     "norm-axis",  # of one axis
     *(
         "eps",
