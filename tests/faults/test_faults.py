@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from faults import catalogue, ports, run
+from faults import catalogue, run
 
 QUICK = (
     *("norm-offset-missing", "eps-1e-5", "key-heads-repeated", "query-scale-missing", "decay-after-update"),
@@ -31,10 +31,32 @@ PORTED = (
 @pytest.mark.parametrize("name", PORTED)
 def test_a_fault_in_a_part_is_named_too(name):
     """On a model with experts, or with none where the fault has no place in that."""
-    faults = (*ports.PORTS, *ports.EXPERTS)
     size = "b" if name.startswith("down") else "m"
-    for outcome in run.outcomes(size, ("model",), name, faults):
+    for outcome in run.outcomes(size, ("model",), name, run.COLLECTIONS["ports"]):
         assert (outcome.verdict, outcome.first, outcome.klass, outcome.cause) == (True,) * 4, outcome.said
+
+
+SLIPPED = (
+    *(
+        "solve-truncated",
+        "beta-one-token-late",
+        "conv-history-one-column-short",
+        "mixer-out-eight-bit-inputs",
+    ),
+    *("key-cache-a-ring-of-64", "ffn-branch-halved", "down-tile-of-garbage", "gate-and-value-exchanged"),
+)
+
+
+@pytest.mark.parametrize("setting", ["dumps", "model"])
+@pytest.mark.parametrize("name", SLIPPED)
+def test_a_slip_in_a_kernel_is_named(name, setting):
+    """Operands, chunks, caches and tiles: what nobody reads wrong, and kernels get wrong."""
+    results = list(run.outcomes("b", (setting,), name, run.COLLECTIONS["slips"]))
+    assert results
+    for outcome in results:
+        assert (outcome.verdict, outcome.first, outcome.klass) == (True,) * 3, outcome.said
+        needs_weights = setting == "dumps" and name == "mixer-out-eight-bit-inputs"
+        assert outcome.cause or (needs_weights and outcome.cause is not False), outcome.said
 
 
 def test_the_origin_fault():
@@ -60,12 +82,13 @@ def check(results):
 
 @pytest.mark.slow
 def test_some_of_every_group():
-    """Every sixth fault of both collections, by dumps alone and with the weights; steps that no module shows."""
+    """Every sixth or eighth fault of the collections, by dumps alone and with the weights; steps that no module shows."""
     both = ("dumps", "model")
     check(
         [
             *run.outcomes("b", both, faults=catalogue.FAULTS[::6]),
-            *run.outcomes("m", both, faults=(*ports.PORTS, *ports.EXPERTS)[3::6]),
+            *run.outcomes("m", both, faults=run.COLLECTIONS["ports"][3::6]),
+            *run.outcomes("m", both, faults=run.COLLECTIONS["slips"][1::8]),
             *run.outcomes("a", ("model",), faults=catalogue.FAULTS[2::8], dress="modules"),
         ]
     )
