@@ -28,10 +28,11 @@ from scarlet_jax.tools.parity import (
 from scarlet_jax.tools.parity.dump import Dump
 from scarlet_jax.tools.parity.logs import Sampled
 from scarlet_jax.tools.parity.readers import read
-from scarlet_jax.tools.parity.view import Run, Window, residual_stream
+from scarlet_jax.tools.parity.view import Run, residual_stream
 
-# Elements of a tap that are re-run in float64: a second or two a layer, whatever the size of the dumps.
-WINDOW = 1 << 21
+# Elements of a tap that are re-run in float64: half a second a layer, whatever the size of the dumps. And tokens
+# at least: a chunk of the delta rule with some of the next.
+WINDOW, TOKENS = 1 << 20, 80
 
 Source = Dump | str | os.PathLike[str]
 
@@ -219,25 +220,14 @@ class Comparison:
         widths = [t.metrics.size // tokens for t in self.taps if tokens and len(t.metrics.tokens) == tokens]
         if not widths or tokens * max(widths) <= WINDOW:
             return
-        count = min(tokens, max(32, WINDOW // max(widths)))
+        count = min(tokens, max(TOKENS, WINDOW // max(widths)))
         if count >= tokens:
             return
         start = verdict.onset(self.taps, tokens, count)
-        rows = slice(start, start + count)
         self.notes.append(
             f"large dumps: operations re-run on tokens {start} to {start + count - 1} of {tokens}"
         )
-        known = dataclasses.replace(
-            self.pair.reference.facts,
-            kept=(start, start + count),
-            cut=self.pair.reference.facts.cut or start > 0,
-            first_position=self.pair.reference.facts.first_position + start,
-        )
-        for side in ("ours", "reference"):
-            run = getattr(self.pair, side)
-            setattr(
-                self.pair, side, dataclasses.replace(run, taps=Window(run.taps, tokens, rows), facts=known)
-            )
+        self.pair = local.windowed(self.pair, tokens, start, count)
         self.narrowed = True
 
     def _judge(self) -> None:

@@ -127,7 +127,9 @@ def _best(
 
 def _fits(pair: local.Pair, side: int, tap, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, _Fit]:
     """Each candidate on one tap; nothing for taps that are exact already or cannot be re-run."""
-    run, op = (pair.ours, pair.reference)[side], _op(tap)
+    op = _op(tap)
+    pair = local.some_tokens(pair, op, tap.name)
+    run = (pair.ours, pair.reference)[side]
     y = np.asarray(run.taps[tap.name], np.float64)
     y = graph.visible(y) if tap.op == "kq" else y
 

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +25,7 @@ import numpy as np
 from scarlet_jax.tools.parity.arithmetic import partner
 from scarlet_jax.tools.parity.facts import Facts
 from scarlet_jax.tools.parity.graph import FAILURES, Missing, Op
-from scarlet_jax.tools.parity.view import Arithmetic, LayerView, Run
+from scarlet_jax.tools.parity.view import Arithmetic, LayerView, Run, Window, weight_key
 
 EPS32 = 2.0**-24  # the relative error of one rounding to f32
 
@@ -50,8 +53,28 @@ class Local:
     inputs: tuple[str, ...]
     f32_floor: float
     facts: Facts
+    sums: _Sums
     residual: np.ndarray | None = None
     ours_residual: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """Sums of squares of each token's row, (T,): of the residuals, of what they may be, and of the reference itself.
+
+    They add up over columns: a wide tap is judged piece by piece.
+    """
+
+    difference: np.ndarray
+    ours: np.ndarray
+    reference: np.ndarray
+    noise: np.ndarray
+    f32: np.ndarray
+    whole: np.ndarray
+
+    def __add__(self, other: _Sums) -> _Sums:
+        both = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return _Sums(*(a + b for a, b in both))
 
 
 @dataclasses.dataclass
@@ -78,7 +101,69 @@ class _Prediction:
 
 
 def judge(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> Local:
-    """The local evidence on `tap`, by the best method that the dumps and the model allow."""
+    """The local evidence on `tap`, by the best method that the dumps and the model allow.
+
+    The columns of a wide product, such as a vocabulary's logits, are judged some at a time and keep no residual.
+    """
+    if not is_wide(pair, op, tap):
+        return judge_whole(pair, op, layer, kind, tap)
+    assert op is not None
+    key, shape = weight_key(layer, op.weight), pair.reference.taps[tap].shape
+    width, step = shape[1], max(256, min(_PIECE, (_PIECE << 8) // shape[0]))
+    parts = [slice(start, min(start + step, width)) for start in range(0, width, step)]
+    found = [judge_whole(_columns(pair, tap, key, part), op, layer, kind, tap) for part in parts]
+    sums = functools.reduce(operator.add, (part.sums for part in found))
+    return _summed(found[0].method, sums, found[0].inputs, found[0].facts)
+
+
+WIDE, _PIECE = 1 << 15, 1 << 12  # columns: those of a product with more are judged so many at a time
+
+
+def is_wide(pair: Pair, op: Op | None, tap: str) -> bool:
+    """Whether a product has so many outputs that neither it nor its weight should be held at once."""
+    if op is None or not op.linear or any(pair.sampled) or tap not in pair.reference.taps:
+        return False
+    shape = pair.reference.taps[tap].shape
+    return len(shape) == 2 and shape[1] > WIDE
+
+
+def some_tokens(pair: Pair, op: Op | None, tap: str, at: int = 0) -> Pair:
+    """The pair with as few tokens as a wide product is looked into with, `at` among them; others as they are."""
+    if not is_wide(pair, op, tap):
+        return pair
+    tokens, width = pair.reference.taps[tap].shape
+    count = min(tokens, max(4, _LOOKED_INTO // width))
+    return windowed(pair, tokens, max(0, min(at - count // 4, tokens - count)), count)
+
+
+_LOOKED_INTO = 1 << 20  # elements: dozens of arrays of that size are made to find a cause
+
+
+def windowed(pair: Pair, tokens: int, start: int, count: int) -> Pair:
+    """The pair with `count` rows from `start` on of every tap that has all `tokens`."""
+    known, rows = pair.reference.facts, slice(start, start + count)
+    first = known.kept[0] + start
+    known = dataclasses.replace(
+        known,
+        kept=(first, first + count),
+        cut=known.cut or start > 0,
+        first_position=known.first_position + start,
+    )
+    runs = (
+        dataclasses.replace(run, taps=Window(run.taps, tokens, rows), facts=known)
+        for run in (pair.ours, pair.reference)
+    )
+    return dataclasses.replace(pair, ours=next(runs), reference=next(runs), chosen={})
+
+
+def _columns(pair: Pair, tap: str, key: tuple[int | None, str], part: slice) -> Pair:
+    """The pair with some columns of a product, and of its weight the rows that make them."""
+    runs = (run.columns(tap, key, part) for run in (pair.ours, pair.reference))
+    return dataclasses.replace(pair, ours=next(runs), reference=next(runs))
+
+
+def judge_whole(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> Local:
+    """The local evidence on all of a tap at once, with the residuals."""
     if any(pair.sampled):
         return _one_sided(pair, op, layer, kind, tap)
     ours, reference = (np.asarray(run.taps[tap], np.float64) for run in (pair.ours, pair.reference))
@@ -292,26 +377,38 @@ def _local(
     facts: Facts,
     ours_residual: np.ndarray | None = None,
 ) -> Local:
-    scale = max(_norm(reference), 1e-300)
-    floor = _norm(noise) + 4 * EPS32 * 1e-3 * scale
-    by_token, noise_by_token = _rows(difference), np.broadcast_to(_rows(noise), (len(difference),))
-    typical = floor / max(1, len(difference)) ** 0.5
+    sums = _Sums(*(_squares(x) for x in (difference, left, right, noise, f32, reference)))
+    local = _summed(method, sums, inputs, facts)
+    local.residual, local.ours_residual = difference, left if ours_residual is None else ours_residual
+    return local
+
+
+def _summed(method: str, sums: _Sums, inputs: tuple[str, ...], facts: Facts) -> Local:
+    """Local evidence from the squares of every token's row."""
+    whole = [math.sqrt(x.sum()) for x in dataclasses.astuple(sums)]
+    difference, left, right, noise, f32, scale = *whole[:5], max(whole[5], 1e-300)
+    floor = noise + 4 * EPS32 * 1e-3 * scale
+    by_token, noise_by_token, reference_by_token = (
+        np.sqrt(x) for x in (sums.difference, sums.noise, sums.whole)
+    )
+    typical = floor / max(1, len(by_token)) ** 0.5
     # One broken token or head among many must not drown in the whole; 2 pays for looking at every one.
     token_ratio = float((by_token / (2 * np.hypot(noise_by_token, 0.3 * typical))).max(initial=0.0))
-    reference_rows = _rows(reference)
+    relative = np.divide(
+        by_token, reference_by_token, out=np.zeros_like(by_token), where=reference_by_token > 0
+    )
     return Local(
         method,
-        _norm(difference) / scale,
-        _norm(left) / scale,
-        _norm(right) / scale,
+        difference / scale,
+        left / scale,
+        right / scale,
         floor / scale,
-        max(_norm(difference) / floor, token_ratio),
-        np.divide(by_token, reference_rows, out=np.zeros_like(by_token), where=reference_rows > 0),
+        max(difference / floor, token_ratio),
+        relative,
         inputs,
-        _norm(f32) / scale,
+        f32 / scale,
         facts,
-        difference,
-        left if ours_residual is None else ours_residual,
+        sums,
     )
 
 
@@ -321,6 +418,8 @@ def _facts(pair: Pair, op: Op, layer: int | None, kind: str, reference: np.ndarr
     if key in pair.chosen:
         return pair.chosen[key]
     facts = pair.reference.facts
+    if op.choices == ({},):
+        return facts
     best, chosen = np.inf, facts
     for choice in _choices(pair, op, layer, kind, reference):
         candidate = dataclasses.replace(facts, **choice)
@@ -441,9 +540,14 @@ def _inputs(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> t
 
 def _norm(x: np.ndarray) -> float:
     flat = x.reshape(-1)
-    return float(np.sqrt(np.einsum("i,i->", flat, flat)))
+    return float(np.sqrt(flat @ flat))
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(_squares(x))
+
+
+def _squares(x: np.ndarray) -> np.ndarray:
+    """Each row's sum of squares."""
     flat = x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1)
-    return np.sqrt(np.einsum("ij,ij->i", flat, flat))
+    return np.vecdot(flat, flat)

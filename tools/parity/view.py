@@ -64,6 +64,11 @@ class Run:
         """The run around one layer; None is the end of the model."""
         return LayerView(self, layer, kind, facts or self.facts, **options)
 
+    def columns(self, tap: str, key: tuple[int | None, str], part: slice) -> Run:
+        """The run with some columns of the product `tap`, and of its weight the rows that make them."""
+        given = None if self.given is None else SomeRows(self.given, key, part)
+        return dataclasses.replace(self, taps=SomeColumns(self.taps, tap, part), given=given)
+
 
 class LayerView:
     """A `graph.View` of one layer of a run.
@@ -74,7 +79,7 @@ class LayerView:
         kind: "ssm", "attention" or "end".
         facts: may differ from the run's when conventions are tried.
         dtype: the float type to compute in.
-        jitter: relative size of random perturbations of every tap (a condition estimate), 0 for none.
+        jitter: standard deviation of random relative perturbations of every tap (a condition estimate), 0 for none.
         arithmetic: roundings to imitate.
         absolute: absolute size of random perturbations, for taps that were rounded to decimals.
         seed: of the perturbations.
@@ -144,7 +149,8 @@ class LayerView:
     def _prepare(self, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, self.dtype)
         if self._jitter:
-            x = x * (1 + self._jitter * self._rng.standard_normal(x.shape).astype(self.dtype))
+            uniform = self._rng.random(x.shape, np.float32).astype(self.dtype) - 0.5
+            x = x + x * (uniform * (self._jitter * 12**0.5))
         if self._absolute:
             x = x + self._absolute * self._rng.uniform(-1, 1, x.shape).astype(self.dtype)
         return x
@@ -172,7 +178,7 @@ class LayerView:
 
     def weight(self, stem: str) -> np.ndarray:
         """A weight: the model's, or what the reference's own taps say it must be."""
-        key = (self.layer if stem not in _GLOBAL else None, stem)
+        key = weight_key(self.layer, stem)
         if _is_large(self.run.given, key):
             raise Missing(f"{stem} whole")
         if self.run.given is not None and key in self.run.given:
@@ -191,8 +197,8 @@ class LayerView:
 
     def linear(self, stem: str, x: np.ndarray) -> np.ndarray:
         """x W^T, in the arithmetic to imitate."""
-        x, key = self._activation(stem, x), (None, stem)
-        if stem in _GLOBAL and _is_large(self.run.given, key):
+        x, key = self._activation(stem, x), weight_key(self.layer, stem)
+        if key[0] is None and _is_large(self.run.given, key):
             return self.run.given.product(key, x)
         weight = self.weight(stem)
         if weight.shape[-1] != x.shape[-1]:
@@ -213,7 +219,7 @@ class LayerView:
     def _activation(self, stem: str, x: np.ndarray) -> np.ndarray:
         how = self.arithmetic.matmul
         if how == "partner":
-            key = (self.layer if stem not in _GLOBAL else None, stem)
+            key = weight_key(self.layer, stem)
             rounding = partner(self.run.qtypes.get(key, ""))
             return x if rounding is None else rounding(x)
         return {"": lambda x: x, "bf16": bf16, "tf32": tf32}[how](x)
@@ -227,6 +233,57 @@ class LayerView:
 
 def _is_large(given: Any, key: tuple[int | None, str]) -> bool:
     return hasattr(given, "product") and key in given and given.elements(key) > LARGE
+
+
+class SomeColumns(Mapping[str, np.ndarray]):
+    """Taps of which one, `tap`, has some of its columns."""
+
+    def __init__(self, taps: Taps, tap: str, part: slice):
+        self._taps, self._tap, self._part = taps, tap, part
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._taps[name][:, self._part] if name == self._tap else self._taps[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._taps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taps)
+
+    def __len__(self) -> int:
+        return len(self._taps)
+
+
+class SomeRows(Mapping[tuple[int | None, str], np.ndarray]):
+    """A model's weights of which one, `key`, has some of its rows; what else the weights can do they still can."""
+
+    def __init__(self, weights: Any, key: tuple[int | None, str], part: slice):
+        self._weights, self._key, self._part = weights, key, part
+        self._rows: np.ndarray | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weights, name)
+
+    def elements(self, key: tuple[int | None, str]) -> int:
+        """How many numbers a weight holds."""
+        return self[key].size if key == self._key else self._weights.elements(key)
+
+    def __getitem__(self, key: tuple[int | None, str]) -> np.ndarray:
+        if key != self._key:
+            return self._weights[key]
+        if self._rows is None:
+            some = getattr(self._weights, "some", None)
+            self._rows = self._weights[key][self._part] if some is None else some(key, self._part)
+        return self._rows
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._weights
+
+    def __iter__(self) -> Iterator[tuple[int | None, str]]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class Window(Mapping[str, np.ndarray]):
@@ -255,6 +312,11 @@ class Window(Mapping[str, np.ndarray]):
 
 
 _GLOBAL = ("token_embd", "output", "output_norm")
+
+
+def weight_key(layer: int | None, stem: str) -> tuple[int | None, str]:
+    """Where a weight that a layer uses is found: its own, or the model's."""
+    return (None if stem in _GLOBAL else layer), stem
 
 
 def residual_stream(layers: Sequence[int]) -> dict[int | None, str]:
