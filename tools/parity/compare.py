@@ -164,20 +164,17 @@ class Comparison:
             self.alignment.only_reference.append(name)
 
     def _kind(self, layer: int) -> str:
-        recurrent = (
-            "linear_attn_qkv_mixed",
-            "conv_output_silu",
-            "linear_attn_out",
-            "final_output",
-            "new_state",
-            "z",
-        )
-        dumps = (self.ours, self.reference)
-        mixer = "ssm" if any(f"{op}-{layer}" in dump for op in recurrent for dump in dumps) else "attention"
-        if self.weights is not None and (layer, "ssm_out") in self.weights:
-            mixer = "ssm"
-        experts = any(f"{op}-{layer}" in dump for op in ("ffn_moe_logits", "ffn_moe_out") for dump in dumps)
-        return f"{mixer} moe" if experts else mixer
+        """What a layer is: its mixers, and whether it has experts; "attention parallel" has both mixers at once."""
+        recurrent = self._shows(layer, _RECURRENT, "ssm_out")
+        attention = self._shows(layer, _ATTENTION, "attn_output")
+        mixer = "attention parallel" if recurrent and attention else "ssm" if recurrent else "attention"
+        return f"{mixer} moe" if self._shows(layer, ("ffn_moe_logits", "ffn_moe_out"), "") else mixer
+
+    def _shows(self, layer: int, ops: Sequence[str], weight: str) -> bool:
+        """Whether one of a layer's taps is of these operations, or the model has this weight there."""
+        if self.weights is not None and (layer, weight) in self.weights:
+            return True
+        return any(f"{op}-{layer}" in dump for op in ops for dump in (self.ours, self.reference))
 
     def _measure(self) -> None:
         for name, match in self.alignment.matches.items():
@@ -282,6 +279,12 @@ class Comparison:
         }
 
 
+_RECURRENT = (
+    *("linear_attn_qkv_mixed", "conv_output_silu", "linear_attn_out", "final_output", "new_state", "z"),
+    *("ssm_conv", "ssm_in", "ssm_in_proj", "mamba_out", "conv_in_proj", "conv_out_proj"),
+)
+_ATTENTION = ("Kcur", "Kcur_normed", "Qcur", "Vcur", "kq", "attn_pregate")
+
 # What a run starts from; where it ends up, both runs share.
 _STATES = ("state_predelta", "conv_states", "conv_states_reshaped", "conv_input")
 
@@ -359,18 +362,19 @@ def _json_float(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+# Words in the names of taps that no operation describes -> the class; the first that occurs.
+_WORDS = {
+    **{"moe": "moe", "exp": "moe", "ffn": "ffn", "embd": "embedding"},
+    **dict.fromkeys(("mamba", "ssm", "conv", "dt_", "memory", "history"), "ssm"),
+    **{"norm": "norm"},
+    **dict.fromkeys(("cur", "kq", "attn"), "attention"),
+}
+
+
 def _guess_class(op: str, kind: str) -> str:
-    for word, klass in (
-        ("moe", "moe"),
-        ("exp", "moe"),
-        ("ffn", "ffn"),
-        ("norm", "norm"),
-        ("embd", "embedding"),
-    ):
-        if word in op:
-            return klass
     mixer = kind.split()[0]
-    return mixer if mixer in ("ssm", "attention") else "head"
+    other = mixer if mixer in ("ssm", "attention") else "head"
+    return next((klass for word, klass in _WORDS.items() if word in op.lower()), other)
 
 
 def _nothing_shared(ours: Dump, reference: Dump) -> str:

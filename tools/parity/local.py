@@ -25,6 +25,7 @@ import numpy as np
 from scarlet_jax.tools.parity.arithmetic import partner
 from scarlet_jax.tools.parity.facts import Facts
 from scarlet_jax.tools.parity.graph import FAILURES, Missing, Op
+from scarlet_jax.tools.parity.logs import Sampled
 from scarlet_jax.tools.parity.view import Arithmetic, LayerView, Run, Window, weight_key
 
 EPS32 = 2.0**-24  # the relative error of one rounding to f32
@@ -90,6 +91,7 @@ class Pair:
     whole: tuple[Run, Run] | None = None
     sampled: tuple[bool, bool] = (False, False)
     chosen: dict[tuple[str, str], Facts] = dataclasses.field(default_factory=dict)
+    unit: float = 0.0  # how far, of their own size, the two runs' products differ in general
 
 
 @dataclasses.dataclass
@@ -177,12 +179,12 @@ def judge_whole(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: st
         return _formula(pair, own, predicted, ours, reference, facts)
     except FAILURES:  # something is not there, or not in the shape that the formula takes
         pass
-    inputs = _inputs(pair, op, layer, kind, facts)
+    inputs, product = _inputs(pair, op, layer, kind, facts)
     if op.source:
         return _direct(pair, ours, reference, facts)
     if op.linear and len(inputs) == 1 and _shared(pair, inputs[0], len(reference)):
         return _span(pair, op, layer, inputs[0], ours, reference, facts)
-    return _propagated(pair, tap, ours, reference, inputs, facts)
+    return _propagated(pair, tap, ours, reference, inputs, facts, product)
 
 
 def _formula(
@@ -221,11 +223,25 @@ def _one_sided(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str
         try:
             whole = np.asarray(alone.ours.taps[tap], np.float64)
             facts = _facts(alone, plain, layer, kind, whole)
-            return _against_formula(alone, plain, layer, kind, facts, whole)
+            found = _against_formula(alone, plain, layer, kind, facts, whole)
+            if not _departs_too(pair, side, tap, found, ours - reference):
+                return found
         except FAILURES:
             facts = pair.reference.facts
-    inputs = _inputs(alone, op, layer, kind, facts) if op is not None and not all(pair.sampled) else ()
-    return _propagated(pair, tap, ours, reference, inputs, facts)
+    known = op is not None and not all(pair.sampled)
+    inputs, product = _inputs(alone, op, layer, kind, facts) if known else ((), True)
+    return _propagated(pair, tap, ours, reference, inputs, facts, product)
+
+
+def _departs_too(pair: Pair, side: int, tap: str, found: Local, difference: np.ndarray) -> bool:
+    """Whether the few entries that the other run shows depart from the formula as this one's do."""
+    assert pair.whole is not None
+    assert found.residual is not None
+    few = pair.whole[1 - side].taps[tap]
+    if not isinstance(few, Sampled) or few.size != found.residual.size:
+        return False
+    left = _norm(few.of(found.residual))
+    return left > 3 * max(pair.resolution) * difference.size**0.5 and _norm(difference) < 0.3 * left
 
 
 def _alone(pair: Pair, side: int) -> Pair:
@@ -285,6 +301,8 @@ def _span(
     """A product with an unknown matrix: outputs must combine as the inputs do."""
     x, x_ref = (np.asarray(run.taps[source], np.float64) for run in (pair.ours, pair.reference))
     x, x_ref = x.reshape(len(x), -1), x_ref.reshape(len(x_ref), -1)
+    one = np.full((len(x), 1), _norm(x_ref) / len(x_ref) ** 0.5)  # of a bias there are as many on either side
+    x, x_ref = np.hstack([x, one]), np.hstack([x_ref, one])
     y, y_ref = ours.reshape(len(ours), -1), reference.reshape(len(reference), -1)
     moved = x - x_ref
     gram = x_ref @ x_ref.T
@@ -300,10 +318,11 @@ def _span(
             run = (pair.ours, pair.reference)[side]
             how = partner(run.qtypes.get((layer, op.weight), "" if run.qtypes else "Q4_K"))
             if how is not None:
-                rounding = np.hypot(rounding, _rows(how(inputs) - inputs))
+                rounding = np.hypot(rounding, _rows(how(inputs[:, :-1]) - inputs[:, :-1]))
+    rounding = np.hypot(rounding, UNSURE * pair.unit * _rows(x_ref) / 1.5)
     # A matrix may answer an arbitrary direction more than the directions that its inputs take.
     per_token = 1.5 * gain * np.hypot(_rows(left_over), rounding) / size
-    depth = x.shape[1] ** 0.5
+    depth = (x.shape[1] - 1) ** 0.5
     f32 = (
         EPS32
         * depth
@@ -329,9 +348,18 @@ def _span(
 
 
 def _propagated(
-    pair: Pair, tap: str, ours: np.ndarray, reference: np.ndarray, inputs: tuple[str, ...], facts: Facts
+    pair: Pair,
+    tap: str,
+    ours: np.ndarray,
+    reference: np.ndarray,
+    inputs: tuple[str, ...],
+    facts: Facts,
+    product: bool = True,
 ) -> Local:
-    """Nothing to re-run: only a jump far beyond the inputs' own divergence counts."""
+    """Nothing to re-run: only a jump far beyond the inputs' own divergence counts.
+
+    `product`: whether there may be one on the way from the inputs, which an engine may round.
+    """
     inherited, beside = 0.0, False
     for name in inputs or _neighbours(pair, tap):
         if not all(name in run.taps for run in (pair.ours, pair.reference)):
@@ -341,13 +369,26 @@ def _propagated(
             continue
         beside = True
         inherited = max(inherited, _norm(a - b) / max(_norm(b), 1e-300))
-    rounded = 0.02 if any(pair.may_round) else 0.0  # what 8-bit activations can do to one product
+    rounds = any(pair.may_round) or (
+        product and len(reference) == 1
+    )  # of one token nothing tells the engines' ways
+    rounded = _ROUNDED if rounds else UNSURE * _usual_error(pair) if product else 0.0
     relative = np.hypot(5 * inherited, rounded) + 30 * EPS32 + 3 * max(pair.grain)
     noise = np.full(reference.shape, relative * _norm(reference) / max(1, reference.size) ** 0.5)
     noise = noise + max(pair.resolution)
     difference = ours - reference
     method = "propagated" if beside else "alone"
     return _local(method, difference, difference, 0 * reference, noise, noise, reference, inputs, facts)
+
+
+def _usual_error(pair: Pair) -> float:
+    """What the two engines' arithmetics make products differ by, relative to them."""
+    units = [max(side.unit, _UNITS.get(side.matmul, 0.0)) for side in pair.arithmetic]
+    return max(pair.unit, *units)
+
+
+_UNITS = {"partner": 0.005, "bf16": 2.0**-9, "f16": 2.0**-12, "tf32": 2.0**-12}
+_ROUNDED = 0.02  # what 8-bit activations can do to one product
 
 
 def _shared(pair: Pair, name: str, rows: int) -> bool:
@@ -516,7 +557,9 @@ def _predict(
         rough = _run(pair, side, op, layer, kind, facts, shape, absolute=pair.resolution[side], seed=2)
         noise = np.hypot(noise, 2 * (rough - value))
     arithmetic = pair.arithmetic[side]
-    for other, weight in ((Arithmetic(), IMITATION), (arithmetic, LOOSE)):
+    loosely = dataclasses.replace(arithmetic, unit=0.0)
+    unsure = dataclasses.replace(arithmetic.strict(), unit=arithmetic.unit)
+    for other, weight in ((Arithmetic(), IMITATION), (loosely, LOOSE), (unsure, UNSURE)):
         if other != arithmetic.strict():
             run = (pair.ours, pair.reference)[side]
             rounded = op.run(run.view(layer, kind, facts, arithmetic=other))
@@ -528,14 +571,16 @@ def _predict(
 IMITATION = 0.15
 # The same for an arithmetic known by its size only.
 LOOSE = 2.0
+# And for products whose errors' usual size is known: one product's may be larger than another's.
+UNSURE = 4.0
 
 
-def _inputs(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> tuple[str, ...]:
-    """The taps that the operation reached for before something was missing."""
+def _inputs(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> tuple[tuple[str, ...], bool]:
+    """The taps that the operation reached for before something was missing; whether by way of a product."""
     view = _view(pair, 1, layer, kind, facts)
     with contextlib.suppress(*FAILURES):
         op.run(view)
-    return tuple(dict.fromkeys(view.used))
+    return tuple(dict.fromkeys(view.used)), any(step.linear for step in (op, *view.computed))
 
 
 def _norm(x: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scarlet_jax.tools.parity import operations  # noqa: F401 - fills the table that `find` looks into
-from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, bf16, partner, tf32
+from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, bf16, f16, partner, tf32
 from scarlet_jax.tools.parity.facts import Facts
 from scarlet_jax.tools.parity.graph import Missing, Op, find
 from scarlet_jax.tools.parity.weights import LARGE
@@ -22,21 +22,21 @@ Taps = Mapping[str, np.ndarray]
 class Arithmetic:
     """How an engine rounds what it multiplies: "" for f32 all the way.
 
-    `matmul`: "partner" (activations in the weight type's 8-bit partner), "bf16", "tf32".
+    `matmul`: "partner" (activations in the weight type's 8-bit partner), "bf16", "f16", "tf32" (both factors).
     `kv`: "f16", "bf16", "q8_0", "q4_0", of keys and values and of what meets them; "f16, stored" of the first alone.
-    `loose`: those of the two ("matmul", "kv") that are known by their size only: the engine's errors are of
-    that order, but repeating the rounding does not reproduce them.
+    `loose_kv`: that of keys and values is known by its size only: the engine's errors are of that order, but
+    repeating the rounding does not reproduce them.
+    `unit`: the same of products: each output is off by about so much of what it is a sum of.
     """
 
     matmul: str = ""
     kv: str = ""
-    loose: tuple[str, ...] = ()
+    loose_kv: bool = False
+    unit: float = 0.0
 
     def strict(self) -> Arithmetic:
         """What of it can be imitated."""
-        return Arithmetic(
-            "" if "matmul" in self.loose else self.matmul, "" if "kv" in self.loose else self.kv
-        )
+        return Arithmetic(self.matmul, "" if self.loose_kv else self.kv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +199,19 @@ class LayerView:
         """x W^T, in the arithmetic to imitate."""
         x, key = self._activation(stem, x), weight_key(self.layer, stem)
         if key[0] is None and _is_large(self.run.given, key):
-            return self.run.given.product(key, x)
+            made = self.run.given.product(key, x, _FACTORS.get(self.arithmetic.matmul))
+            return self._unsure(made, x, np.ones(1)) + self._bias(key)
         weight = self.weight(stem)
         if weight.shape[-1] != x.shape[-1]:
             raise Missing(f"{stem} with {x.shape[-1]} inputs")
-        return x @ weight.T
+        return self._multiply(x, weight) + self._bias(key)
+
+    def _bias(self, key: tuple[int | None, str]) -> np.ndarray:
+        """What the model adds to a product with this weight."""
+        given, name = self.run.given, (key[0], f"{key[1]}.bias")
+        return (
+            given[name].astype(self.dtype) if given is not None and name in given else np.zeros(1, self.dtype)
+        )
 
     def expert(self, stem: str, expert: int, x: np.ndarray) -> np.ndarray:
         """x (n, in) by one expert's matrix of the weight `stem` (E, out, in)."""
@@ -214,21 +222,40 @@ class LayerView:
         whole = (
             given.rows((self.layer, stem), ids) if hasattr(given, "rows") else given[self.layer, stem][ids]
         )
-        return self._activation(stem, x) @ whole[0].astype(self.dtype, copy=False).T
+        return self._multiply(self._activation(stem, x), whole[0].astype(self.dtype, copy=False))
 
     def _activation(self, stem: str, x: np.ndarray) -> np.ndarray:
         how = self.arithmetic.matmul
         if how == "partner":
-            key = weight_key(self.layer, stem)
-            rounding = partner(self.run.qtypes.get(key, ""))
-            return x if rounding is None else rounding(x)
-        return {"": lambda x: x, "bf16": bf16, "tf32": tf32}[how](x)
+            rounding = partner(self.run.qtypes.get(weight_key(self.layer, stem), ""))
+        else:
+            rounding = _FACTORS.get(how)
+        return x if rounding is None else rounding(x)
+
+    def _multiply(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        rounding = _FACTORS.get(self.arithmetic.matmul)
+        made = x @ (weight if rounding is None else rounding(weight)).T
+        return self._unsure(made, x, weight) if self.arithmetic.unit else made
+
+    def _unsure(self, made: np.ndarray, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """A product with random errors of `unit`, of the size that independent errors of its terms have."""
+        if not self.arithmetic.unit:
+            return made
+        rows, columns = (np.sqrt((a * a).sum(-1)) for a in (x, weight))
+        size = rows[..., None] * columns
+        size = size * (np.sqrt((made * made).mean()) / max(float(np.sqrt((size * size).mean())), 1e-300))
+        noise = self._rng.standard_normal(made.shape).astype(self.dtype)
+        return made + self.arithmetic.unit * size * noise
 
     def kv(self, x: np.ndarray, *, stored: bool = False) -> np.ndarray:
         """Keys and values as the cache holds them; queries and probabilities as the engine makes them to meet those."""
         kind, comma, _ = self.arithmetic.kv.partition(",")
         rounding = KV_ROUNDING.get(kind)
         return x if rounding is None or (comma and not stored) else rounding(x)
+
+
+# Roundings of both factors of a product.
+_FACTORS = {"bf16": bf16, "f16": f16, "tf32": tf32}
 
 
 def _is_large(given: Any, key: tuple[int | None, str]) -> bool:

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 
 from scarlet_jax.errors import BadInput
+from scarlet_jax.tools.parity.arithmetic import Rounding
 
 LARGE = 1 << 26  # elements of a weight that is never decoded whole: a vocabulary's
 _AT_ONCE = 1 << 22
@@ -81,10 +82,13 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
         """How many numbers a weight holds."""
         return int(np.prod(self._file.tensors[self.tensor_name(key)].shape))
 
-    def product(self, key: tuple[int | None, str], x: np.ndarray) -> np.ndarray:
-        """x (T, in) by the weight, some rows of it decoded at a time: for one that would not fit."""
+    def product(
+        self, key: tuple[int | None, str], x: np.ndarray, rounding: Rounding | None = None
+    ) -> np.ndarray:
+        """x (T, in) by the weight, some rows of it decoded (and rounded) at a time: for one that would not fit."""
         asked = (
             key,
+            rounding,
             x.dtype,
             x.shape,
             hash(x.tobytes()),
@@ -92,16 +96,16 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
         if asked not in self._products:
             while len(self._products) >= 4:
                 self._products.pop(next(iter(self._products)))
-            self._products[asked] = self._product(key, x)
+            self._products[asked] = self._product(key, x, rounding or (lambda w: w))
         return self._products[asked]
 
-    def _product(self, key: tuple[int | None, str], x: np.ndarray) -> np.ndarray:
+    def _product(self, key: tuple[int | None, str], x: np.ndarray, rounding: Rounding) -> np.ndarray:
         rows = len(self._file.tensors[self.tensor_name(key)].data)
         step = max(1, _AT_ONCE // x.shape[-1])
         made = np.empty((len(x), rows), x.dtype)
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            made[:, part] = x @ self.some(key, part).astype(x.dtype, copy=False).T
+            made[:, part] = x @ rounding(self.some(key, part)).astype(x.dtype, copy=False).T
         made.flags.writeable = False
         return made
 
