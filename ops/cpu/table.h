@@ -1,5 +1,4 @@
-// The table of an instruction set's kernels. Included last, inside its namespace, after
-// kMixersHere, the function that gives the instruction set's token mixers.
+// The table of an instruction set's kernels. Included last, inside its namespace.
 #pragma once
 
 static const Kernels kKernels = {
@@ -20,5 +19,4 @@ static const Kernels kKernels = {
     weighted_sum,
     sum_of_bytes,
     fma_chain,
-    kMixersHere,
 };

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 import numpy as np
 import oracle
-from faults import catalogue, misread, ports, slips, tiny
+from faults import catalogue, misread, ports, slips, tiny, unseen
 from faults.dress import DRESSES
 
 from scarlet_jax.tools import synth
@@ -34,6 +34,7 @@ COLLECTIONS = {
     "catalogue": tuple(catalogue.FAULTS),
     "ports": (*ports.PORTS, *ports.EXPERTS),
     "slips": (*slips.SLIPS, *slips.EXPERT_SLIPS),
+    "unseen": tuple(unseen.UNSEEN),
 }
 
 

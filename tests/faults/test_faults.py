@@ -82,7 +82,7 @@ def check(results):
 
 @pytest.mark.slow
 def test_some_of_every_group():
-    """Every sixth or eighth fault of the collections, by dumps alone and with the weights; steps that no module shows."""
+    """Every sixth or eighth fault, by dumps alone and with the weights; steps that no module shows."""
     both = ("dumps", "model")
     check(
         [

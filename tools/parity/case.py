@@ -46,7 +46,8 @@ class Case:
     """What a hypothesis is judged on.
 
     `ours` is the broken output, `right` what the formula makes of our engine's inputs (or the reference's output
-    where there is no formula), both (T, ...) float64; `floor` the expected error of the whole array.
+    where there is no formula), both (T, ...) float64; `floor` the expected error of the whole array. `experts`:
+    whose each row is, where a token has a row from each of its experts.
     """
 
     ours: np.ndarray
@@ -55,6 +56,7 @@ class Case:
     view: LayerView | None
     op: graph.Op | None
     tap: Tap
+    experts: np.ndarray | None = None
 
     @functools.cached_property
     def residual(self) -> np.ndarray:
@@ -68,9 +70,9 @@ class Case:
         """
         whole, left = self.residual[rows], (self.ours - candidate)[rows]
         energy = min(float((whole**2).sum()), float((self.ours[rows] ** 2).sum()))
-        if not energy or not np.isfinite(left).all():
-            return 0.0
         expected = self.floor**2 * whole.size / max(1, self.residual.size)
+        if energy <= expected or not np.isfinite(left).all():
+            return 0.0
         return 1.0 - max(0.0, float((left**2).sum()) - expected) / energy
 
     def halves(self) -> tuple[slice, slice]:
@@ -114,17 +116,28 @@ class Case:
         at = np.ix_(*self.hit)
         ours, right = self.ours[at], self.right[at]
         floor = self.floor * (ours.size / self.ours.size) ** 0.5
-        return dataclasses.replace(self, ours=ours, right=right, floor=floor, view=None)
+        return dataclasses.replace(self, ours=ours, right=right, floor=floor, view=None, experts=None)
 
     def where(self) -> str:
         """The wrong part in words."""
         assert self.hit is not None
         words = ("tokens", "heads", "channels") if self.ours.ndim == 3 else ("tokens", "channels")
-        return " and ".join(
-            f"{word} {listed(at)} of {n}"
+        parts = [
+            (word, at, n)
             for at, n, word in zip(self.hit, self.ours.shape, words, strict=False)
             if len(at) < 0.9 * n
-        )
+        ]
+        broken = self._broken_experts()
+        if broken is not None:
+            parts[0] = ("experts", broken, int(self.experts.max()) + 1)
+        return " and ".join(f"{word} {listed(at)} of {n}" for word, at, n in parts)
+
+    def _broken_experts(self) -> np.ndarray | None:
+        """The experts whose rows are wrong, all of them and no others; None where that is not how it is."""
+        if self.experts is None or self.hit is None or len(self.hit[0]) >= 0.9 * len(self.ours):
+            return None
+        broken = np.unique(self.experts[self.hit[0]])
+        return broken if np.isin(self.experts, broken).sum() == len(self.hit[0]) else None
 
 
 def other_rows(ids: np.ndarray, read: np.ndarray) -> str:

@@ -49,6 +49,14 @@ def _key_heads(case: Case) -> Iterator[Guess]:
     yield f"head-permutation, query heads read key heads {chosen.tolist()}", best
 
 
+@of("kq")
+def _neighbouring_slots(case: Case) -> Iterator[Guess]:
+    """Wrong scores are those of the slot beside: a key that was not stored yet, or was overwritten."""
+    for by, word in ((1, "before"), (-1, "after")):
+        beside = np.where(case.wrong, np.roll(case.right, by, axis=2), case.right)
+        yield f"kv-cache, wrong scores are those of the key {word}", beside
+
+
 @of("kqv", "attn_pregate")
 def _value_heads(case: Case) -> Iterator[Guess]:
     p, v = case.view("kq_soft_max"), heads(case.view("Vcur"), case.view.facts.head_dim)

@@ -22,6 +22,7 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 _LARGEST = 1 << 20  # elements of an output that is made again and again
 
+
 def hypotheses(case: Case) -> Iterator[Hypothesis]:
     """All that may have been done to what the operation reads."""
     if case.view is None or case.op is None or case.ours.size > _LARGEST or not np.isfinite(case.ours).all():
@@ -59,11 +60,23 @@ def inputs_read(view: object, op: Op) -> tuple[str, ...]:
 
 
 def operands(case: Case) -> list[str]:
-    """Names without the layer of the taps of this layer that the operation reads; "before" for the stream."""
+    """Names without the layer of the taps of this layer that the operation reads; "before" for the stream.
+
+    With those, products that were not dumped and that it makes on its way.
+    """
     layer, entering = str(case.view.layer), case.view.run.before.get(case.view.layer)
     read = dict.fromkeys(inputs_read(case.view, case.op))
     own = [op for op, _, number in (name.rpartition("-") for name in read) if number == layer and op]
-    return own + (["before"] if entering in read else [])
+    return own + _products_between(case) + (["before"] if entering in read else [])
+
+
+def _products_between(case: Case) -> list[str]:
+    probe = case.view.fresh()
+    try:
+        case.op.run(probe)
+    except FAILURES:
+        return []
+    return [op.name for op in probe.computed if op.linear]
 
 
 def _other_taps(case: Case, name: str, wanted: np.ndarray) -> Iterator[Hypothesis]:
@@ -101,14 +114,32 @@ def _mistreated(case: Case, name: str, x: np.ndarray) -> Iterator[tuple[str, str
     yield _SCALED.get(name, "sign"), "with the other sign", lambda x: -x
     for label, factor in _factors(x).items():
         yield _SCALED.get(name, "missing-scale"), f"times {label}", lambda x, factor=factor: x * factor
+    for label, order in channel_orders(x.shape[-1]).items():
+        yield "channel-permutation", f"with its channels {label}", lambda x, order=order: x[..., order]
     yield from _by_head(case, x)
+
+
+def channel_orders(n: int) -> dict[str, np.ndarray]:
+    """Usual mistakes in the order of n channels."""
+    orders = {"halves swapped": np.roll(np.arange(n), n // 2), "reversed": np.arange(n)[::-1]}
+    if n % 2 == 0:
+        orders["interleaved for halves"] = np.arange(n).reshape(2, -1).T.ravel()
+        orders["halves for interleaved"] = np.arange(n).reshape(-1, 2).T.ravel()
+        orders["neighbours swapped"] = np.arange(n).reshape(-1, 2)[:, ::-1].ravel()
+    return orders
 
 
 def _by_head(case: Case, x: np.ndarray) -> Iterator[tuple[str, str, Change]]:
     """What happens to heads, or to the whole where there are none."""
     facts, form = case.view.facts, x.shape
-    dims = {facts.value_dim, facts.head_dim} - {0, 1} if x.ndim == 2 and x.shape[1] != facts.value_heads else set()
-    forms = {form} | {(len(x), x.shape[1] // dim, dim) for dim in dims if x.shape[1] % dim == 0 < x.shape[1] - dim}
+    dims = (
+        {facts.value_dim, facts.head_dim} - {0, 1}
+        if x.ndim == 2 and x.shape[1] != facts.value_heads
+        else set()
+    )
+    forms = {form} | {
+        (len(x), x.shape[1] // dim, dim) for dim in dims if x.shape[1] % dim == 0 < x.shape[1] - dim
+    }
     changes: list[tuple[str, str, Change]] = [
         ("extra-norm", "divided by its root mean square first", lambda x: f.rms(x, facts.eps)),
         ("extra-norm", "divided by its norm first", lambda x: f.l2(x, facts.eps)),

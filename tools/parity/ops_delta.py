@@ -186,6 +186,9 @@ for _name, _source in (("q_conv_predelta", "q_conv"), ("k_conv_predelta", "k_con
             "norm-axis": lambda v, source=_source: f.l2(flat(v(source)), v.facts.eps).reshape(
                 v(source).shape
             ),
+            "norm-axis, over the tokens": lambda v, source=_source: (
+                v(source) / np.sqrt((v(source) ** 2).sum(axis=0, keepdims=True) + v.facts.eps)
+            ),
             "missing-scale": lambda v, source=_source: (
                 f.l2(v(source), v.facts.eps) * v(source).shape[-1] ** -0.5
             ),

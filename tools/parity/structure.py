@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from scarlet_jax.tools.parity.arithmetic import Rounding, bf16, f16, q8_0
 from scarlet_jax.tools.parity.case import listed, other_rows
-from scarlet_jax.tools.parity.swaps import channel_orders
+from scarlet_jax.tools.parity.operands import channel_orders
 
 Make = Callable[..., Any]
 Found = Iterator[tuple[str, float, str, str, int]]
@@ -47,9 +47,14 @@ def _gain(case: Any, pair: Any) -> Found:
         yield "sign", explained, f"the output is the right one times {gain:.4g}", "structure", 1
         return
     known = _known_gain(gain, pair.reference.facts, case.right.shape)
+    if explained < _EXACT:
+        return
     name = "missing-scale" if known else "gain"
     text = f"the output is the right one times {gain:.6g}" + (f" = {known}" if known else "")
     yield name, explained, text, "structure", 1
+
+
+_EXACT = 0.9995  # one factor for everything leaves nothing but noise
 
 
 def _known_gain(gain: float, facts: Any, shape: tuple[int, ...]) -> str:
@@ -140,13 +145,13 @@ def _token_offset(case: Any, _: Any) -> Found:
 
 
 def _copies(case: Any, _: Any) -> Found:
-    """Wrong rows, or wrong channels of the last axis, that are right ones of another place: stale or overwritten."""
+    """Wrong rows, heads, or channels of the last axis, that are right ones of another place: stale or overwritten."""
     if case.hit is None or case.ours.size > 1 << 22:
         return
-    for axis, word in ((0, "token"), (case.ours.ndim - 1, "channel")):
+    for axis, word in _axis_words(case).items():
         a, b = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (case.ours, case.right))
         hit = np.moveaxis(case.wrong, axis, 0).reshape(a.shape)
-        wrong = np.flatnonzero(hit.any(axis=1))
+        wrong = np.flatnonzero(hit.sum(axis=1) >= _TELLING)
         if not 0 < len(wrong) <= min(256, 0.9 * len(a)):
             continue
         source = {int(i): _nearest(a[i], b, hit[i]) for i in wrong}
@@ -155,12 +160,28 @@ def _copies(case: Any, _: Any) -> Found:
             candidate[i] = np.where(hit[i], b[j], b[i])
         back = np.moveaxis(candidate.reshape(np.moveaxis(case.ours, axis, 0).shape), 0, axis)
         pairs = ", ".join(f"{i} is {j}" for i, j in list(source.items())[:4])
-        name = _copied_row(case, source) if axis == 0 else "kv-cache" if case.tap.op == "kq" else "channel-copy"
+        name = {"token": "stale-row", "head": "head-permutation", "key": "kv-cache"}.get(word, "channel-copy")
+        name = _copied_row(case, source) if word == "token" else name
         yield name, case.share(back), f"{word}s hold what others should: {pairs}", "structure", 4
 
 
+_TELLING = 8  # wrong elements: some other row is like fewer by chance
+
+
+def _axis_words(case: Any) -> dict[int, str]:
+    """Axis -> what runs along it."""
+    last = case.ours.ndim - 1
+    if "state" in case.tap.op:
+        return {0: "head"}
+    heads = {1: "head"} if last == 2 else {}
+    return {0: "token"} | heads | {last: "key" if case.tap.op == "kq" else "channel"}
+
+
 def _copied_row(case: Any, source: dict[int, int]) -> str:
-    """Rows of a table are other ids' rows; all others have stayed from another token."""
+    """A token's experts exchanged; in a table other ids' rows; all others have stayed from another token."""
+    if case.experts is not None:
+        slots = len(case.ours) // max(1, len(case.view("ffn_moe_topk")))
+        return "slot-permutation" if all(i // slots == j // slots for i, j in source.items()) else "stale-row"
     if case.op is None or case.op.klass != "embedding" or case.view is None:
         return "stale-row"
     ids = np.asarray(case.view.facts.tokens)[slice(*case.view.facts.kept)]
@@ -197,13 +218,16 @@ def _shift(case: Any, _: Any) -> Found:
         yield "stale-row", case.share(case.right + gain * moved, rows), text, "structure", 3
     if tokens > 3:
         yield "token-order", case.share(case.right[::-1]), "the tokens are in reverse order", "structure", 1
-        yield (
-            "stale-row",
-            case.share(np.broadcast_to(case.right[:1], case.right.shape)),
-            "every row is the first",
-            ("structure"),
-            2,
-        )
+        yield from _same_rows(case)
+
+
+def _same_rows(case: Any) -> Found:
+    """One token's row at every token."""
+    if np.linalg.norm(case.ours - case.ours[:1]) < 1e-3 * np.linalg.norm(case.ours):
+        rows = case.right.reshape(len(case.right), -1)
+        token = _nearest(case.ours[0].ravel(), rows, np.ones(rows.shape[1], bool))
+        explained = case.share(np.broadcast_to(case.right[token], case.right.shape))
+        yield "stale-row", explained, f"every row is that of token {token}", "structure", 2
 
 
 def _least(x: np.ndarray, y: np.ndarray) -> float:
@@ -218,7 +242,7 @@ def _heads(case: Any, pair: Any) -> Found:
     lengths = {shape[-1]} if len(shape) == 3 else {facts.head_dim, facts.key_dim, facts.value_dim}
     for length in sorted(n for n in lengths if n > 1):
         width = int(np.prod(shape[1:]))
-        if width % length or not 2 <= width // length <= _MANY:
+        if width % length or width // length < 2:
             continue
         cut = (len(case.ours), -1, length)
         order = _assignment(case.ours.reshape(cut), case.right.reshape(cut))
@@ -229,9 +253,6 @@ def _heads(case: Any, pair: Any) -> Found:
         mixer = case.op is None or len(shape) == 3 or case.op.klass in ("ssm", "attention")
         name = "head-permutation" if mixer else "channel-permutation"
         yield name, case.share(candidate), text, "structure", 1
-
-
-_MANY = 2048  # groups: of more, each is not held against each other one
 
 
 def _assignment(ours: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -250,7 +271,7 @@ def _channels(case: Any, _: Any) -> Found:
     for label, order in channel_orders(n).items():
         explained = case.share(case.right[..., order])
         yield _order_name(case, order), explained, f"channels {label}", "structure", 2
-    if n <= _MANY and case.ours.size // n >= 6:
+    if n <= 2048 and case.ours.size // n >= 6:
         fit, held = case.halves()
         a, b = (x[fit].reshape(-1, n).T for x in (case.ours, case.right))
         cost = (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * a @ b.T
@@ -287,7 +308,7 @@ def _on_grid(case: Any, _: Any) -> Found:
         step = np.linalg.norm(rounding(case.right) - case.right)
         if ours > 0.99 and right < 0.5 and np.linalg.norm(case.residual) < _ROUNDINGS * step:
             text = f"{ours:.1%} of our values are numbers of {label}, {right:.1%} of the right ones"
-            yield "output-precision", ours, text, "structure", 3
+            yield "output-precision", 1.0, text, "structure", 1
 
 
 _ROUNDINGS = 32  # more errors of one rounding than a sum in a short format collects
@@ -314,7 +335,7 @@ def _noise(case: Any, _: Any) -> Found:
     uneven = max(_unevenness(residual), _unevenness(residual.T))
     if alike < 0.05 and 2 < peaked < 4 and uneven < 4:
         text = f"errors of {size:.1g} that look like rounding: as large everywhere, unlike the output"
-        yield "low-precision", 0.9, text, "structure", 2
+        yield "low-precision", 1.0, text, "structure", 2
 
 
 def _unevenness(x: np.ndarray) -> float:
@@ -341,7 +362,10 @@ def _garbage(case: Any, _: Any) -> Found:
         return
     at = np.ix_(*case.hit)
     ours, right = case.ours[at].ravel(), case.right[at].ravel()
-    block = all(len(i) == i[-1] - i[0] + 1 or len(i) >= 0.9 * n for i, n in zip(case.hit, case.ours.shape, strict=True))
+    block = all(
+        len(i) == i[-1] - i[0] + 1 or len(i) >= 0.9 * n
+        for i, n in zip(case.hit, case.ours.shape, strict=True)
+    )
     if not block or ours.size < 32 or not ours.any():
         return
     alike = abs(np.vdot(ours, right)) / max(np.linalg.norm(ours) * np.linalg.norm(right), 1e-300)
@@ -488,7 +512,6 @@ _LOOKS = (
     _heads,
     _channels,
     _precision,
-    _on_grid,
     _grid,
     _axes,
     _clip,
@@ -499,6 +522,6 @@ _LOOKS = (
     _part,
 )
 # What is said where nothing else explains the residual: they tell its nature and not how it came about.
-LAST = (_race, _garbage, _noise)
+LAST = (_race, _garbage, _on_grid, _noise)
 # What some tokens, heads or channels may have on their own.
 IN_PART = (_zeros, _gain, _bias, _channel_gain, _shift, _heads, _channels, _precision, _clip, _token_offset)

@@ -11,13 +11,16 @@ import numpy as np
 
 from scarlet_jax.tools.parity.arithmetic import ROUNDINGS
 from scarlet_jax.tools.parity.graph import FAILURES, find
-from scarlet_jax.tools.parity.operands import inputs_read, same_array
+from scarlet_jax.tools.parity.operands import channel_orders, inputs_read, same_array
 from scarlet_jax.tools.parity.weights import LARGE
 
 Make = Callable[..., Any]
 
 # Pairs of taps whose exchange has a name of its own.
-_NAMED = {frozenset(("ffn_gate", "ffn_up")): "swapped-gate-up"}
+_NAMED = {
+    frozenset(("ffn_gate", "ffn_up")): "swapped-gate-up",
+    frozenset(("ffn_moe_gate", "ffn_moe_up")): "swapped-gate-up",
+}
 
 
 _COPY = 0.99  # of the residual: below that it is like the other tap, and something else
@@ -65,7 +68,9 @@ def _both_products(case: Any, other: str) -> bool:
     found = find(other, case.tap.kind)
     if case.op is None or found is None or case.view is None:
         return False
-    return case.op.linear and found.linear and inputs_read(case.view, case.op) == inputs_read(case.view, found)
+    return (
+        case.op.linear and found.linear and inputs_read(case.view, case.op) == inputs_read(case.view, found)
+    )
 
 
 def other_weights(case: Any, weights: Mapping, make: Make) -> list[Any]:
@@ -197,7 +202,9 @@ def unknown_matrix(case: Any, pair: Any, make: Make) -> list[Any]:
     (source,) = tap.local.inputs
     x, y = _rows_of(pair.ours, source), _rows_of(pair.ours, tap.name)
     known = _Matrix(_rows_of(pair.reference, source), _rows_of(pair.reference, tap.name))
-    supposed = itertools.chain(_supposed_inputs(x, pair.reference.facts), _other_inputs(case, pair, source, x))
+    supposed = itertools.chain(
+        _supposed_inputs(x, pair.reference.facts), _other_inputs(case, pair, source, x)
+    )
     found = [make(*guess, "swap", 5) for guess in _foretold(case, known, supposed, y)]
     for layer in (tap.layer + by for by in (-1, 1, -2, 2)) if tap.layer is not None else ():
         names = [f"{name.rpartition('-')[0]}-{layer}" for name in (source, tap.name)]
@@ -268,16 +275,6 @@ def _supposed_inputs(x: np.ndarray, facts: Any) -> Iterator[tuple[str, str, np.n
             kept = x.copy()
             kept[:, part] = 0
             yield "missing-inputs", f"the {label} {count} of {n} inputs are left out", kept
-
-
-def channel_orders(n: int) -> dict[str, np.ndarray]:
-    """Usual mistakes in the order of n channels."""
-    orders = {"halves swapped": np.roll(np.arange(n), n // 2), "reversed": np.arange(n)[::-1]}
-    if n % 2 == 0:
-        orders["interleaved for halves"] = np.arange(n).reshape(2, -1).T.ravel()
-        orders["halves for interleaved"] = np.arange(n).reshape(-1, 2).T.ravel()
-        orders["neighbours swapped"] = np.arange(n).reshape(-1, 2)[:, ::-1].ravel()
-    return orders
 
 
 def tied_head(case: Any, pair: Any, make: Make) -> list[Any]:
