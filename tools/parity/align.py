@@ -227,4 +227,5 @@ def _error(a: np.ndarray, b: np.ndarray) -> float:
     """Relative difference of a sample."""
     step = max(1, a.size // _SAMPLE)
     a, b = a.reshape(-1)[::step].astype(np.float64), b.reshape(-1)[::step].astype(np.float64)
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
+    with np.errstate(all="ignore"):
+        return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))

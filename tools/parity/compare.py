@@ -90,6 +90,8 @@ class Comparison:
             align.Aligned(dump, self.alignment.matches, side)
             for dump, side in ((ours, "ours"), (reference, "reference"))
         )
+        if weights is not None:
+            _check_model(self.alignment.matches, reference, weights)
         self.taps: list[verdict.Tap] = []
         self.narrowed = False
         self.notes: list[str] = [*ours.notes, *reference.notes]
@@ -294,6 +296,19 @@ class Comparison:
 
 # What a run starts from; where it ends up, both runs share.
 _STATES = ("state_predelta", "conv_states", "conv_states_reshaped", "conv_input")
+
+
+def _check_model(names: Iterable[str], dump: Dump, weights: Any) -> None:
+    """Raise BadInput where a norm's weight says that the model is of another width than the dump's."""
+    for name in names:
+        op, layer = split(name)
+        stem = {"attn_norm": "attn_norm", "result_norm": "output_norm"}.get(op)
+        if stem is None or (layer, stem) not in weights:
+            continue
+        shape, expected = dump[name].shape, np.size(weights[layer, stem])
+        if expected not in shape:
+            said = f"its {stem} has {expected} entries, {name} is {list(shape)}"
+            raise BadInput(f"--model: {said}; expected the model that both ran")
 
 
 def _rows_cut(alignment: align.Alignment, reference: Dump) -> int:

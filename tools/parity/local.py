@@ -347,7 +347,7 @@ def _choices(
         return op.choices
     try:
         return op.choices(_view(pair, 1, layer, kind, pair.reference.facts), reference)
-    except Missing:
+    except FAILURES:
         return ({},)
 
 

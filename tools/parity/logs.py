@@ -81,9 +81,9 @@ class _Block:
         """The printed entries; None if there is none or the block was cut."""
         if 0 in self.ne:  # a view of no rows, such as the other sequences' states
             return None
+        if len(self.numbers) != math.prod(_count(n, axis) for axis, n in enumerate(self.ne)):
+            return None  # before anything is made of the sizes that a line claims
         index = tuple(_printed(n, axis) for axis, n in enumerate(self.ne))[::-1]
-        if len(self.numbers) != math.prod(len(i) for i in index):
-            return None
         values = np.array(self.numbers, np.float32).reshape([len(i) for i in index])
         whole = Sampled(self.ne[::-1], index, values)
         keep = [axis for axis, n in enumerate(whole.shape) if n > 1] or [len(whole.shape) - 1]
@@ -168,8 +168,13 @@ def _blocks(text: str) -> Iterator[_Block]:
         yield block
 
 
+def _count(n: int, axis: int) -> int:
+    """How many entries of an axis of n are printed."""
+    return n if axis >= 3 else min(n, 2 * _EDGE)
+
+
 def _printed(n: int, axis: int) -> np.ndarray:
-    if n <= 2 * _EDGE or axis >= 3:
+    if _count(n, axis) == n:
         return np.arange(n)
     return np.concatenate([np.arange(_EDGE), np.arange(n - _EDGE, n)])
 

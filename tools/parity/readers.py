@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -123,9 +124,30 @@ class _Archive(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
+            self._check_size(name)
             return self._archive[name]
+        except BadInput:
+            raise
         except Exception as error:
             raise BadInput(f"{self._path}: array {name} cannot be read ({_line(error)})") from None
+
+    def _check_size(self, name: str) -> None:
+        """Nothing is allocated for an array that claims to be larger than what the archive holds of it."""
+        file = self._archive.zip
+        entry = file.getinfo(name if name in file.namelist() else f"{name}.npy")
+        with file.open(entry) as stream:
+            version = np.lib.format.read_magic(stream)
+            header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }
+            if version not in header:
+                return
+            shape, _, dtype = header[version](stream)
+        held = min(entry.file_size, _DEFLATED * entry.compress_size)
+        if math.prod(shape) * dtype.itemsize > held:
+            claims = f"claims the shape {list(shape)}, of which the archive holds {held} bytes at most"
+            raise BadInput(f"{self._path}: array {name} {claims}")
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -135,6 +157,9 @@ class _Archive(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+_DEFLATED = 1032  # bytes that deflate can make of one
 
 
 def _take(archive: Any, names: dict[str, None], words: tuple[str, ...], path: Path) -> list[int]:

@@ -1,6 +1,7 @@
 """Formats: told apart by content; broken ones are one line."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -147,3 +148,20 @@ def test_missing_and_empty_places(tmp_path):
         read(tmp_path / "absent")
     with pytest.raises(BadInput, match="no array"):
         read(tmp_path)
+
+
+def test_nothing_is_allocated_on_a_claim(tmp_path):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (70000, 20000), }"
+    header += b" " * (117 - len(header)) + b"\n"
+    npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    path = tmp_path / "claims.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("l_out-0.npy", npy)
+    with pytest.raises(BadInput, match=r"l_out-0 claims the shape \[70000, 20000\]"):
+        read(path)["l_out-0"]
+    log = tmp_path / "claims.log"
+    log.write_text(
+        "common_debug_cb_eval: l_out-0 = (f32) ADD(a{4}, b{1}}) = {2, 2, 2, 4000000000}\n[ 1.0000, 2.0000],\n"
+    )
+    with pytest.raises(BadInput, match="no whole tensor"):
+        read(log)
