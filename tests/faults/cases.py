@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-from faults import catalogue, run, tiny
+from faults import catalogue, changes, run, tiny
 
 from scarlet_jax.tools.parity import Dump
 
@@ -34,7 +34,7 @@ def faulty(name: str, size: str = "a") -> tuple[Dump, Dump]:
     """A fault of the catalogue: ours and the reference."""
     fault = next(f for f in catalogue.FAULTS if f.name == name)
     ids = tokens(fault.tokens, size)
-    with catalogue.apply(fault, model(size)) as broken:
+    with changes.apply(fault, model(size)) as broken:
         wrong = run.dump(broken, ids, 2)
     return wrong, run.dump(model(size), ids, 1)
 

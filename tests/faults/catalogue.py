@@ -1,205 +1,29 @@
-"""Faults to inject: small changes of a right float64 forward, each with what an analyzer should say of it.
-
-They come from faults seen in real engines and from the traps of the formats. A fault changes a function of the
-oracle, a weight, or the value of a tap on its way; nothing here knows how the analyzer works.
-"""
+"""Faults seen in real engines, and the traps of the formats, each with what an analyzer should say of it."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import oracle
-
-Change = Callable[[oracle.Model], contextlib.AbstractContextManager[oracle.Model]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One mistake.
-
-    `ops`: taps (without layer) that may rightly be called the first broken one; `classes` and `causes` likewise.
-    `layers`: how many layers have it ("all" or "one").
-    """
-
-    name: str
-    group: str
-    change: Change
-    ops: tuple[str, ...]
-    classes: tuple[str, ...]
-    causes: tuple[str, ...]
-    layers: str = "all"
-    tokens: int = 70
-
-
-# --- ways to change a forward ---------------------------------------------------------------------------------
-
-
-def function(name: str, replacement: Callable[..., Any]) -> Change:
-    """Replace a function of the oracle; the replacement gets the original first."""
-
-    @contextlib.contextmanager
-    def change(model: oracle.Model) -> Iterator[oracle.Model]:
-        original = getattr(oracle, name)
-        setattr(oracle, name, lambda *args, **kw: replacement(original, *args, **kw))
-        try:
-            yield model
-        finally:
-            setattr(oracle, name, original)
-
-    return change
-
-
-def weights(
-    pattern: str, replacement: Callable[[np.ndarray, str, Mapping[str, np.ndarray]], np.ndarray]
-) -> Change:
-    """Replace every weight whose name matches."""
-
-    @contextlib.contextmanager
-    def change(model: oracle.Model) -> Iterator[oracle.Model]:
-        changed = {
-            n: (replacement(w, n, model.weights) if re.search(pattern, n) else w)
-            for n, w in model.weights.items()
-        }
-        yield dataclasses.replace(model, weights=changed)
-
-    return change
-
-
-def tap(pattern: str, replacement: Callable[[np.ndarray, Callable[[str], np.ndarray]], np.ndarray]) -> Change:
-    """Change a value on its way; the replacement may ask for earlier taps of the layer."""
-
-    @contextlib.contextmanager
-    def change(model: oracle.Model) -> Iterator[oracle.Model]:
-        original = oracle._Taps.__call__
-
-        def call(self: Any, name: str, x: np.ndarray) -> np.ndarray:
-            if re.fullmatch(pattern, name):
-                layer = name.rpartition("-")[2]
-                x = replacement(x, lambda other: self[f"{other}-{layer}" if "-" not in other else other])
-            return original(self, name, x)
-
-        oracle._Taps.__call__ = call
-        try:
-            yield model
-        finally:
-            oracle._Taps.__call__ = original
-
-    return change
-
-
-def both(*changes: Change) -> Change:
-    """Several changes at once."""
-
-    @contextlib.contextmanager
-    def change(model: oracle.Model) -> Iterator[oracle.Model]:
-        with contextlib.ExitStack() as stack:
-            for one in changes:
-                model = stack.enter_context(one(model))
-            yield model
-
-    return change
-
-
-# --- helpers ---------------------------------------------------------------------------------------------------
-
-
-def key(name: str, value: Any) -> Change:
-    """Another value of a metadata key."""
-
-    @contextlib.contextmanager
-    def change(model: oracle.Model) -> Iterator[oracle.Model]:
-        arch = model.metadata["general.architecture"]
-        yield dataclasses.replace(model, metadata={**model.metadata, f"{arch}.{name}": value})
-
-    return change
-
-
-def _late(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
-
-
-def _bf16(x: np.ndarray) -> np.ndarray:
-    bits = x.astype(np.float32).view(np.uint32)
-    return (
-        ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000)
-        .astype(np.uint32)
-        .view(np.float32)
-        .astype(np.float64)
-    )
-
-
-def _f16(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float16).astype(np.float64)
-
-
-def _delta(
-    step: Callable[..., Any], rounding: Callable = lambda s: s, boundary: Callable | None = None
-) -> Change:
-    """The delta rule with another step: step(state, q, k, v, g, beta) -> state, output."""
-
-    def rule(_original, q, k, v, g, beta):
-        T, Hv, Dv = v.shape
-        states, outputs = np.zeros((T + 1, Hv, Dv, k.shape[-1])), np.empty_like(v)
-        for t in range(T):
-            state = states[t]
-            if boundary is not None and t and t % 64 == 0:
-                state = boundary(state)
-            states[t + 1], outputs[t] = step(state, q[t], k[t], v[t], g[t], beta[t])
-            states[t + 1] = rounding(states[t + 1])
-        return outputs, states
-
-    return function("delta_rule", rule)
-
-
-def _step(state, q, k, v, g, beta, *, decay=np.exp, correct=True, late_decay=False, read_first=False):
-    before = state
-    if not late_decay:
-        state = state * decay(g)[:, None, None]
-    known = np.einsum("hvk,hk->hv", state, k) if correct else 0
-    state = state + (beta[:, None] * (v - known))[:, :, None] * k[:, None]
-    if late_decay:
-        state = state * decay(g)[:, None, None]
-    return state, np.einsum("hvk,hk->hv", before if read_first else state, q)
-
-
-def step(**how: Any) -> Callable[..., Any]:
-    """The right step but for `how`."""
-    return lambda *args: _step(*args, **how)
-
-
-def _tiled_to_grouped(x: np.ndarray, axis: int, keys: int, dim: int) -> np.ndarray:
-    """Value heads in the other of the two orders."""
-    heads = x.shape[axis] // dim
-    order = np.arange(heads).reshape(-1, keys).T.ravel()
-    index = (order[:, None] * dim + np.arange(dim)).ravel()
-    return np.take(x, index, axis=axis)
-
-
-def _silu_of(width: Callable[[np.ndarray], bool], other: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """Another activation, where the argument has a given look (convolution, feed-forward, gate)."""
-    return function("silu", lambda original, x: other(x) if width(x) else original(x))
-
-
-def _gelu(x: np.ndarray) -> np.ndarray:
-    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-
-def _softmax_with(scores_to_scores: Callable = lambda s: s, visible: Callable | None = None) -> Change:
-    def softmax(original, scores):
-        T, _, S = scores.shape
-        scores = scores_to_scores(scores)
-        if visible is None:
-            return original(scores)
-        seen = visible(np.arange(T)[:, None], np.arange(S)[None])[:, None]
-        e = np.where(seen, np.exp(scores - np.where(seen, scores, -np.inf).max(axis=-1, keepdims=True)), 0)
-        return e / e.sum(axis=-1, keepdims=True)
-
-    return function("causal_softmax", softmax)
+from faults import changes
+from faults.changes import (
+    ANY,
+    Change,
+    Fault,
+    bf16,
+    delta,
+    delta_step,
+    f16,
+    function,
+    gelu,
+    late,
+    softmax_with,
+    step,
+    tap,
+    tiled_to_grouped,
+    weights,
+)
 
 
 def _rope(turn: Callable[..., np.ndarray]) -> Change:
@@ -242,7 +66,9 @@ def _padded_tables(_o, x, positions, rotary, sections, base):
 def _turned_on(x: np.ndarray, normed: np.ndarray) -> np.ndarray:
     """Keys rotated as if each were one token further."""
     T = len(x)
-    moved = oracle.rope(np.concatenate([normed, normed[-1:]])[:T], np.stack([np.arange(T) + 1] * 4), *ROPE)
+    moved = oracle.rope(
+        np.concatenate([normed, normed[-1:]])[:T], np.stack([np.arange(T) + 1] * 4), *changes.ROPE
+    )
     return moved
 
 
@@ -257,7 +83,6 @@ def _one(layer: int, pattern: str) -> str:
 
 
 _NORMS = r"(attn_norm|post_attention_norm|attn_q_norm|attn_k_norm|output_norm)\.weight"
-_ANY = r"-\d+"
 ALL_NORM_OPS = ("attn_norm", "norm")
 SSM, ATT, NORM, FFN = ("ssm",), ("attention",), ("norm",), ("ffn",)
 QKN = ("norm", "attention")
@@ -332,7 +157,7 @@ FAULTS: list[Fault] = [
     Fault(
         "q-norm-skipped",
         "norm",
-        tap("Qcur_normed" + _ANY, lambda x, get: get("Qcur_reshaped")),
+        tap("Qcur_normed" + ANY, lambda x, get: get("Qcur_reshaped")),
         ("Qcur_normed",),
         QKN,
         ("missing-norm",),
@@ -378,7 +203,7 @@ FAULTS: list[Fault] = [
     Fault(
         "norm-weights-bf16",
         "norm",
-        weights(_NORMS, lambda w, *_: 1 + _bf16(w - 1)),
+        weights(_NORMS, lambda w, *_: 1 + bf16(w - 1)),
         ("attn_norm",),
         NORM,
         ("offset-precision", "weight-precision", "norm-weight"),
@@ -428,7 +253,7 @@ FAULTS: list[Fault] = [
     Fault(
         "key-norm-missing",
         "ssm",
-        tap("k_conv_predelta" + _ANY, lambda x, get: get("k_conv")),
+        tap("k_conv_predelta" + ANY, lambda x, get: get("k_conv")),
         ("k_conv_predelta",),
         SSM,
         ("missing-norm",),
@@ -437,7 +262,7 @@ FAULTS: list[Fault] = [
     Fault(
         "beta-sigmoid-missing",
         "ssm",
-        tap("beta_sigmoid" + _ANY, lambda x, get: get("beta")),
+        tap("beta_sigmoid" + ANY, lambda x, get: get("beta")),
         ("beta_sigmoid",),
         SSM,
         ("missing-sigmoid",),
@@ -446,7 +271,7 @@ FAULTS: list[Fault] = [
     Fault(
         "beta-doubled",
         "ssm",
-        tap("beta_sigmoid" + _ANY, lambda x, get: 2 * x),
+        tap("beta_sigmoid" + ANY, lambda x, get: 2 * x),
         ("beta_sigmoid",),
         SSM,
         ("missing-scale", "twice-sigmoid", "gain"),
@@ -454,7 +279,7 @@ FAULTS: list[Fault] = [
     Fault(
         "beta-ignored",
         "ssm",
-        _delta(lambda s, q, k, v, g, b: _step(s, q, k, v, g, 0 * b + 1)),
+        delta(lambda s, q, k, v, g, b: delta_step(s, q, k, v, g, 0 * b + 1)),
         ("new_state", "attn_output"),
         SSM,
         ("missing-beta",),
@@ -462,7 +287,7 @@ FAULTS: list[Fault] = [
     Fault(
         "beta-squared",
         "ssm",
-        _delta(lambda s, q, k, v, g, b: _step(s, q, k, v, g, b * b)),
+        delta(lambda s, q, k, v, g, b: delta_step(s, q, k, v, g, b * b)),
         ("new_state", "attn_output"),
         SSM,
         ("double-beta",),
@@ -519,7 +344,7 @@ FAULTS: list[Fault] = [
     Fault(
         "decay-none",
         "ssm",
-        _delta(step(decay=lambda g: 0 * g + 1)),
+        delta(step(decay=lambda g: 0 * g + 1)),
         ("new_state", "attn_output"),
         SSM,
         ("decay",),
@@ -527,7 +352,7 @@ FAULTS: list[Fault] = [
     Fault(
         "decay-after-update",
         "ssm",
-        _delta(step(late_decay=True)),
+        delta(step(late_decay=True)),
         ("new_state", "attn_output"),
         SSM,
         ("decay",),
@@ -535,7 +360,7 @@ FAULTS: list[Fault] = [
     Fault(
         "decay-twice",
         "ssm",
-        _delta(step(decay=lambda g: np.exp(2 * g))),
+        delta(step(decay=lambda g: np.exp(2 * g))),
         ("new_state", "attn_output"),
         SSM,
         ("decay",),
@@ -543,20 +368,24 @@ FAULTS: list[Fault] = [
     Fault(
         "correction-missing",
         "ssm",
-        _delta(step(correct=False)),
+        delta(step(correct=False)),
         ("new_state", "attn_output"),
         SSM,
         ("missing-correction",),
     ),
     Fault(
-        "output-before-update", "ssm", _delta(step(read_first=True)), ("attn_output",), SSM, ("update-order",)
+        "output-before-update", "ssm", delta(step(read_first=True)), ("attn_output",), SSM, ("update-order",)
     ),
-    Fault("state-bf16", "ssm", _delta(_step, _bf16), ("new_state", "attn_output"), SSM, ("state-precision",)),
-    Fault("state-f16", "ssm", _delta(_step, _f16), ("new_state", "attn_output"), SSM, ("state-precision",)),
+    Fault(
+        "state-bf16", "ssm", delta(delta_step, bf16), ("new_state", "attn_output"), SSM, ("state-precision",)
+    ),
+    Fault(
+        "state-f16", "ssm", delta(delta_step, f16), ("new_state", "attn_output"), SSM, ("state-precision",)
+    ),
     Fault(
         "state-lost-at-chunks",
         "state",
-        _delta(_step, boundary=lambda s: 0 * s),
+        delta(delta_step, boundary=lambda s: 0 * s),
         ("new_state", "attn_output"),
         SSM,
         ("chunk-boundary",),
@@ -565,7 +394,7 @@ FAULTS: list[Fault] = [
     Fault(
         "state-transposed-at-chunks",
         "state",
-        _delta(_step, boundary=lambda s: s.transpose(0, 2, 1)),
+        delta(delta_step, boundary=lambda s: s.transpose(0, 2, 1)),
         ("new_state", "attn_output"),
         SSM,
         ("chunk-boundary", "state-transposed"),
@@ -598,7 +427,7 @@ FAULTS: list[Fault] = [
     Fault(
         "conv-silu-missing",
         "ssm",
-        tap("conv_output_silu" + _ANY, lambda x, get: get("conv_output_raw")),
+        tap("conv_output_silu" + ANY, lambda x, get: get("conv_output_raw")),
         ("conv_output_silu",),
         SSM,
         ("missing-silu",),
@@ -606,7 +435,7 @@ FAULTS: list[Fault] = [
     Fault(
         "conv-gelu",
         "ssm",
-        tap("conv_output_silu" + _ANY, lambda x, get: _gelu(get("conv_output_raw"))),
+        tap("conv_output_silu" + ANY, lambda x, get: gelu(get("conv_output_raw"))),
         ("conv_output_silu",),
         SSM,
         ("gelu-for-silu",),
@@ -670,7 +499,7 @@ FAULTS: list[Fault] = [
     Fault(
         "z-heads-grouped",
         "ssm",
-        weights(r"attn_gate\.weight", lambda w, *_: _tiled_to_grouped(w, 0, KEYS, DIM)),
+        weights(r"attn_gate\.weight", lambda w, *_: tiled_to_grouped(w, 0, changes.KEYS, changes.DIM)),
         ("z",),
         SSM,
         ("head-permutation",),
@@ -678,7 +507,7 @@ FAULTS: list[Fault] = [
     Fault(
         "out-columns-grouped",
         "ssm",
-        weights(r"ssm_out\.weight", lambda w, *_: _tiled_to_grouped(w, 1, KEYS, DIM)),
+        weights(r"ssm_out\.weight", lambda w, *_: tiled_to_grouped(w, 1, changes.KEYS, changes.DIM)),
         ("linear_attn_out",),
         SSM,
         ("head-permutation",),
@@ -686,7 +515,7 @@ FAULTS: list[Fault] = [
     Fault(
         "decay-heads-grouped",
         "ssm",
-        weights(r"ssm_a$|ssm_dt\.bias", lambda w, *_: _tiled_to_grouped(w, 0, KEYS, 1)),
+        weights(r"ssm_a$|ssm_dt\.bias", lambda w, *_: tiled_to_grouped(w, 0, changes.KEYS, 1)),
         ("a_softplus", "gate"),
         SSM,
         ("head-permutation", "missing-bias", "head-gain", "channel-gain"),
@@ -694,7 +523,7 @@ FAULTS: list[Fault] = [
     Fault(
         "one-head-zero",
         "ssm",
-        tap("final_output-0", lambda x, get: x * (np.arange(x.shape[1]) // DIM != 2)),
+        tap("final_output-0", lambda x, get: x * (np.arange(x.shape[1]) // changes.DIM != 2)),
         ("final_output",),
         SSM,
         ("zeros",),
@@ -703,7 +532,7 @@ FAULTS: list[Fault] = [
     Fault(
         "conv-state-tail",
         "state",
-        tap("conv_output_raw" + _ANY, lambda x, get: np.concatenate([x[:64], x[64:] * 0.5])),
+        tap("conv_output_raw" + ANY, lambda x, get: np.concatenate([x[:64], x[64:] * 0.5])),
         ("conv_output_raw",),
         SSM,
         ("chunk-boundary", "late-tokens", "token-gain"),
@@ -737,7 +566,7 @@ FAULTS: list[Fault] = [
     Fault(
         "gate-sigmoid-missing",
         "attention",
-        tap("gate_sigmoid" + _ANY, lambda x, get: get("gate_reshaped")),
+        tap("gate_sigmoid" + ANY, lambda x, get: get("gate_reshaped")),
         ("gate_sigmoid",),
         ATT,
         ("missing-sigmoid",),
@@ -745,7 +574,7 @@ FAULTS: list[Fault] = [
     Fault(
         "gate-silu",
         "attention",
-        tap("gate_sigmoid" + _ANY, lambda x, get: x * get("gate_reshaped")),
+        tap("gate_sigmoid" + ANY, lambda x, get: x * get("gate_reshaped")),
         ("gate_sigmoid",),
         ATT,
         ("silu-for-sigmoid",),
@@ -753,7 +582,7 @@ FAULTS: list[Fault] = [
     Fault(
         "gate-ignored",
         "attention",
-        tap("attn_gated" + _ANY, lambda x, get: get("attn_pregate")),
+        tap("attn_gated" + ANY, lambda x, get: get("attn_pregate")),
         ("attn_gated",),
         ATT,
         ("missing-gate",),
@@ -761,7 +590,7 @@ FAULTS: list[Fault] = [
     Fault(
         "attention-scale-missing",
         "attention",
-        _softmax_with(lambda s: s * HEAD**0.5),
+        softmax_with(lambda s: s * changes.HEAD**0.5),
         ("kq_soft_max",),
         ATT,
         ("missing-scale",),
@@ -769,7 +598,7 @@ FAULTS: list[Fault] = [
     Fault(
         "attention-scale-twice",
         "attention",
-        _softmax_with(lambda s: s / HEAD**0.5),
+        softmax_with(lambda s: s / changes.HEAD**0.5),
         ("kq_soft_max",),
         ATT,
         ("double-scale",),
@@ -777,7 +606,7 @@ FAULTS: list[Fault] = [
     Fault(
         "mask-missing",
         "attention",
-        _softmax_with(visible=lambda t, s: (s >= 0) & (t >= 0)),
+        softmax_with(visible=lambda t, s: (s >= 0) & (t >= 0)),
         ("kq_soft_max",),
         ATT,
         ("mask",),
@@ -785,7 +614,7 @@ FAULTS: list[Fault] = [
     Fault(
         "mask-one-too-few",
         "attention",
-        _softmax_with(visible=lambda t, s: (s < t) | ((t == 0) & (s == 0))),
+        softmax_with(visible=lambda t, s: (s < t) | ((t == 0) & (s == 0))),
         ("kq_soft_max",),
         ATT,
         ("mask",),
@@ -793,7 +622,7 @@ FAULTS: list[Fault] = [
     Fault(
         "window-16",
         "attention",
-        _softmax_with(visible=lambda t, s: (s <= t) & (s > t - 16)),
+        softmax_with(visible=lambda t, s: (s <= t) & (s > t - 16)),
         ("kq_soft_max",),
         ATT,
         ("mask",),
@@ -801,7 +630,7 @@ FAULTS: list[Fault] = [
     Fault(
         "soft-cap",
         "attention",
-        _softmax_with(lambda s: 50 * np.tanh(s / 50)),
+        softmax_with(lambda s: 50 * np.tanh(s / 50)),
         ("kq_soft_max",),
         ATT,
         ("soft-cap",),
@@ -860,7 +689,7 @@ FAULTS: list[Fault] = [
     Fault(
         "key-positions-from-one",
         "attention",
-        tap("Kcur" + _ANY, lambda x, get: _turned_on(x, get("Kcur_normed"))),
+        tap("Kcur" + ANY, lambda x, get: _turned_on(x, get("Kcur_normed"))),
         ("Kcur",),
         ATT,
         ("position-shift",),
@@ -868,7 +697,7 @@ FAULTS: list[Fault] = [
     Fault(
         "keys-not-rotated",
         "attention",
-        tap("Kcur" + _ANY, lambda x, get: get("Kcur_normed")),
+        tap("Kcur" + ANY, lambda x, get: get("Kcur_normed")),
         ("Kcur",),
         ATT,
         ("missing-rope",),
@@ -876,7 +705,7 @@ FAULTS: list[Fault] = [
     Fault(
         "rope-gain",
         "attention",
-        tap("[QK]cur" + _ANY, lambda x, get: x * 1.2773),
+        tap("[QK]cur" + ANY, lambda x, get: x * 1.2773),
         ("Qcur", "Kcur"),
         ATT,
         ("gain", "missing-scale"),
@@ -884,7 +713,7 @@ FAULTS: list[Fault] = [
     Fault(
         "values-late",
         "attention",
-        tap("Vcur" + _ANY, lambda x, get: _late(x)),
+        tap("Vcur" + ANY, lambda x, get: late(x)),
         ("Vcur",),
         ATT,
         ("token-shift",),
@@ -892,7 +721,7 @@ FAULTS: list[Fault] = [
     Fault(
         "output-columns-permuted",
         "attention",
-        weights(r"blk\.\d+\.attn_output\.weight", lambda w, *_: np.roll(w, HEAD, axis=1)),
+        weights(r"blk\.\d+\.attn_output\.weight", lambda w, *_: np.roll(w, changes.HEAD, axis=1)),
         ("attn_output",),
         ATT,
         ("head-permutation",),
@@ -902,7 +731,7 @@ FAULTS: list[Fault] = [
         "attention",
         weights(
             r"attn_k\.weight",
-            lambda w, *_: w.reshape(-1, 2, HEAD // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape),
+            lambda w, *_: w.reshape(-1, 2, changes.HEAD // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape),
         ),
         ("Kcur_normed",),
         ("attention", "norm"),
@@ -911,7 +740,7 @@ FAULTS: list[Fault] = [
     Fault(
         "attention-zero",
         "attention",
-        tap("attn_gated" + _ANY, lambda x, get: 0 * x),
+        tap("attn_gated" + ANY, lambda x, get: 0 * x),
         ("attn_gated",),
         ATT,
         ("zeros",),
@@ -920,7 +749,7 @@ FAULTS: list[Fault] = [
     Fault(
         "gate-up-swapped",
         "ffn",
-        tap("ffn_swiglu" + _ANY, lambda x, get: oracle.silu(get("ffn_up")) * get("ffn_gate")),
+        tap("ffn_swiglu" + ANY, lambda x, get: oracle.silu(get("ffn_up")) * get("ffn_gate")),
         ("ffn_swiglu",),
         FFN,
         ("swapped-gate-up",),
@@ -928,7 +757,7 @@ FAULTS: list[Fault] = [
     Fault(
         "ffn-silu-missing",
         "ffn",
-        tap("ffn_swiglu" + _ANY, lambda x, get: get("ffn_up") * get("ffn_gate")),
+        tap("ffn_swiglu" + ANY, lambda x, get: get("ffn_up") * get("ffn_gate")),
         ("ffn_swiglu",),
         FFN,
         ("missing-silu",),
@@ -936,7 +765,7 @@ FAULTS: list[Fault] = [
     Fault(
         "ffn-gelu",
         "ffn",
-        tap("ffn_swiglu" + _ANY, lambda x, get: get("ffn_up") * _gelu(get("ffn_gate"))),
+        tap("ffn_swiglu" + ANY, lambda x, get: get("ffn_up") * gelu(get("ffn_gate"))),
         ("ffn_swiglu",),
         FFN,
         ("gelu-for-silu",),
@@ -955,7 +784,7 @@ FAULTS: list[Fault] = [
     Fault(
         "ffn-reduced-twice",
         "ffn",
-        tap("ffn_out" + _ANY, lambda x, get: 2 * x),
+        tap("ffn_out" + ANY, lambda x, get: 2 * x),
         ("ffn_out",),
         FFN,
         ("missing-scale", "gain"),
@@ -964,7 +793,7 @@ FAULTS: list[Fault] = [
     Fault(
         "ffn-clipped",
         "ffn",
-        tap("ffn_swiglu" + _ANY, lambda x, get: np.clip(x, -0.5, 0.5)),
+        tap("ffn_swiglu" + ANY, lambda x, get: np.clip(x, -0.5, 0.5)),
         ("ffn_swiglu",),
         FFN,
         ("saturation",),
@@ -981,7 +810,7 @@ FAULTS: list[Fault] = [
     Fault(
         "residual-after-norm",
         "ffn",
-        tap("l_out" + _ANY, lambda x, get: get("attn_post_norm") + get("ffn_out")),
+        tap("l_out" + ANY, lambda x, get: get("attn_post_norm") + get("ffn_out")),
         ("l_out",),
         FFN,
         ("residual-source",),
@@ -998,7 +827,7 @@ FAULTS: list[Fault] = [
     Fault(
         "down-bias",
         "ffn",
-        tap("ffn_out" + _ANY, lambda x, get: x + 0.1 * np.cos(np.arange(x.shape[1]))),
+        tap("ffn_out" + ANY, lambda x, get: x + 0.1 * np.cos(np.arange(x.shape[1]))),
         ("ffn_out",),
         FFN,
         ("missing-bias",),
@@ -1006,7 +835,7 @@ FAULTS: list[Fault] = [
     Fault(
         "ffn-f16",
         "ffn",
-        tap("ffn_out" + _ANY, lambda x, get: _f16(x)),
+        tap("ffn_out" + ANY, lambda x, get: f16(x)),
         ("ffn_out",),
         FFN,
         ("output-precision",),
@@ -1076,20 +905,3 @@ FAULTS: list[Fault] = [
         "one",
     ),
 ]
-
-KEYS = DIM = HEAD = 1  # the running model's Hk, Dk and H, set by `apply`
-ROPE: tuple[Any, ...] = ()  # and its rotary dims, sections and base
-
-
-@contextlib.contextmanager
-def apply(fault: Fault, model: oracle.Model) -> Iterator[oracle.Model]:
-    """The model with the fault, and the oracle with it while the context lasts."""
-    global KEYS, DIM, HEAD, ROPE
-    ROPE = tuple(model.key(f"rope.{name}") for name in ("dimension_count", "dimension_sections", "freq_base"))
-    KEYS, DIM, HEAD = (
-        model.key("ssm.group_count"),
-        model.key("ssm.state_size"),
-        model.key("attention.key_length"),
-    )
-    with fault.change(model) as changed:
-        yield changed

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 import numpy as np
 import oracle
-from faults import catalogue, misread, ports, slips, tiny, unseen
+from faults import catalogue, changes, misread, ports, slips, tiny, unseen
 from faults.dress import DRESSES
 
 from scarlet_jax.tools import synth
@@ -78,7 +78,7 @@ def outcomes(
     sizes: str,
     settings: tuple[str, ...],
     only: str = "",
-    faults: Sequence[catalogue.Fault] = tuple(catalogue.FAULTS),
+    faults: Sequence[changes.Fault] = tuple(catalogue.FAULTS),
     dress: str = "plain",
     length: int = 0,
 ) -> Iterator[Outcome]:
@@ -92,7 +92,7 @@ def outcomes(
                 0, tiny.SIZES[size]["V"], length or fault.tokens
             )
             reference = dump(model, tokens, noise=1)
-            with catalogue.apply(fault, model) as broken:
+            with changes.apply(fault, model) as broken:
                 ours = dump(broken, tokens, noise=2)
             if not _shows(ours, reference):
                 continue
@@ -139,7 +139,7 @@ def _misread(
     first = next(tap for tap in theirs if products.get(tap, ("", ""))[1] == mistake.qtype)
     op = first.rpartition("-")[0] or first
     klass = {"model.input_embed": "embedding", "linear_attn_qkv_mixed": "ssm"}[op if "-" in first else first]
-    fault = catalogue.Fault(
+    fault = changes.Fault(
         f"{mistake.qtype} {mistake.name}",
         "quant",
         None,
@@ -166,9 +166,7 @@ def sensitivity(settings: tuple[str, ...]) -> str:
         layer = 2 if place == "attn_gated" else 1
         cells = []
         for size in SIZES:
-            with catalogue.tap(f"{place}-{layer}", lambda x, _get, size=size: x * (1 + size))(
-                model
-            ) as broken:
+            with changes.tap(f"{place}-{layer}", lambda x, _get, size=size: x * (1 + size))(model) as broken:
                 ours = dump(broken, tokens, noise=2)
             report = compare(ours, reference, model=InMemory(model) if setting == "model" else None)
             found = report["first"] is not None and report["first"]["tap"] == f"{place}-{layer}"
@@ -177,7 +175,7 @@ def sensitivity(settings: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def judge(fault: catalogue.Fault, setting: str, report: dict[str, Any]) -> Outcome:
+def judge(fault: changes.Fault, setting: str, report: dict[str, Any]) -> Outcome:
     """Compare what was said with what was done."""
     first, cause = report["first"] or {}, report["cause"]
     named = cause["name"] if cause else None

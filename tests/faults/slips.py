@@ -6,34 +6,28 @@ bits, shards whose sums were not added, tiles, tables, operands. Expected names 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import numpy as np
 import oracle
-from faults import catalogue
-from faults.catalogue import Change, Fault, function, tap, weights
-
-_ANY = r"-\d+"
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where faults are made: their group, the taps that show them first, and the classes that may be said."""
-
-    group: str
-    ops: tuple[str, ...]
-    classes: tuple[str, ...] = ()
-
-    def __call__(
-        self, name: str, change: Change, *causes: str, layers: str = "all", tokens: int = 70
-    ) -> Fault:
-        """A fault here, with the names that it may be given."""
-        classes = self.classes or (self.group,)
-        return Fault(name, self.group, change, self.ops, classes, causes, layers, tokens)
-
+from faults import changes, kernels
+from faults.changes import (
+    ANY,
+    Fault,
+    Place,
+    attention_only,
+    bf16,
+    delta,
+    delta_step,
+    f16,
+    function,
+    gelu,
+    inputs,
+    late,
+    on_operands,
+    step,
+    tap,
+    told,
+    weights,
+)
 
 _FFN = ("ffn", "moe")  # one class or the other, by the model
 _ATTN_NORM = Place("norm", ("attn_norm",))
@@ -68,338 +62,18 @@ _EMBED = Place("embedding", ("model.input_embed",))
 _HEAD = Place("head", ("result_output",))
 
 
-# --- ways to change a forward ---------------------------------------------------------------------------------
-
-
-def told(make: Callable[[oracle.Model], Change]) -> Change:
-    """A change that has to know the model."""
-
-    @contextlib.contextmanager
-    def change(model: oracle.Model) -> Iterator[oracle.Model]:
-        with make(model)(model) as changed:
-            yield changed
-
-    return change
-
-
-def attention_only(replacement: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """A replacement for a tap whose name delta-net layers have too."""
-
-    def change(x: np.ndarray, get: Callable[[str], np.ndarray]) -> np.ndarray:
-        try:
-            get("gate_reshaped")
-        except KeyError:
-            return x
-        return replacement(x, get)
-
-    return change
-
-
-def inputs(change: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
-    """A weight whose inputs are changed: (out, in) -> (out, in)."""
-    return lambda w, *_: change(w)
-
-
-def _of(part: str, other: str) -> Callable[..., np.ndarray]:
-    """The weight whose name has `other` where this one's has `part`."""
-    return lambda w, name, all_: all_[name.replace(part, other)]
-
-
-# --- numbers in few bits --------------------------------------------------------------------------------------
-
-
-def _significant(x: np.ndarray, bits: int) -> np.ndarray:
-    """Rounded to that many significant bits."""
-    mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
-
-
-def _int8(x: np.ndarray) -> np.ndarray:
-    """One scale a row."""
-    scale = np.abs(x).max(axis=-1, keepdims=True) / 127
-    return np.round(x / scale) * scale
-
-
-def _quick_exp(x: np.ndarray) -> np.ndarray:
-    """2^whole (1 + fraction): the exponent's bits set and the mantissa left linear."""
-    y = x / np.log(2)
-    return np.ldexp(1 + (y - np.floor(y)), np.floor(y).astype(int))
-
-
-def _sums_in_bf16(x: np.ndarray, w: np.ndarray, width: int = 16) -> np.ndarray:
-    """A product whose accumulator has eight bits, `width` inputs at a time."""
-    total = np.zeros((len(x), len(w)))
-    for start in range(0, x.shape[1], width):
-        part = slice(start, start + width)
-        total = catalogue._bf16(total + x[:, part] @ w[:, part].T)
-    return total
-
-
-# --- the delta rule by chunks ---------------------------------------------------------------------------------
-
-
-def _solve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(I + a) x = b, a (H, C, C) strictly lower, b (H, C, Dv)."""
-    return np.linalg.solve(np.eye(a.shape[-1]) + a, b)
-
-
-def _truncated(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The first two terms of the inverse's series."""
-    return b - a @ b
-
-
-def _chunked(
-    chunk: int = 16,
-    solve: Callable[[np.ndarray, np.ndarray], np.ndarray] = _solve,
-    sums: Callable[[np.ndarray], np.ndarray] = lambda g: np.cumsum(g, axis=0),
-    start_decays: bool = True,
-    scores: Callable[[np.ndarray], np.ndarray] = lambda qk: qk,
-    carry: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda state, before: state,
-) -> Change:
-    """The delta rule chunk by chunk, one part of it as given."""
-
-    def rule(_original, q, k, v, g, beta):
-        T, Hv, Dv = v.shape
-        states, outputs = np.zeros((T + 1, Hv, Dv, k.shape[-1])), np.empty_like(v)
-        state = states[0]
-        for start in range(0, T, chunk):
-            part = slice(start, start + chunk)
-            Q, K, V, B = (np.moveaxis(x[part], 0, 1) for x in (q, k, v, beta))
-            G = sums(g[part]).T
-            lower = np.tril(np.ones((G.shape[1], G.shape[1])))
-            ratio = np.exp(np.where(lower, G[:, :, None] - G[:, None], -np.inf))
-            reach = np.exp(G)[..., None] if start_decays else np.ones((*G.shape, 1))
-            known = reach * (K @ state.swapaxes(1, 2))
-            mixing = B[..., None] * ratio * (K @ K.swapaxes(1, 2)) * np.tril(lower, -1)
-            delta = solve(mixing, B[..., None] * (V - known))
-            within = ratio * scores(Q @ K.swapaxes(1, 2)) @ delta
-            outputs[part] = np.moveaxis(reach * (Q @ state.swapaxes(1, 2)) + within, 0, 1)
-            last = np.exp(G[:, -1:] - G)[..., None] * delta
-            after = np.exp(G[:, -1])[:, None, None] * state + last.swapaxes(1, 2) @ K
-            states[T] = after
-            state = carry(after, state)
-        return outputs, states
-
-    return function("delta_rule", rule)
-
-
-def _rule(change: Callable[..., tuple]) -> Change:
-    """The delta rule on other operands: change(q, k, v, g, beta) -> the same five."""
-    return function("delta_rule", lambda original, *args: original(*change(*args)))
-
-
-def _late(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
-
-
-def _carried(history: Callable[[np.ndarray], np.ndarray], chunk: int = 32) -> Change:
-    """The convolution by chunks; `history` is what becomes of the rows that one leaves to the next."""
-
-    def conv(original, padded, kernel):
-        past, parts = kernel.shape[1] - 1, []
-        for start in range(0, len(padded) - past, chunk):
-            part = padded[start : start + chunk + past].copy()
-            if start:
-                part[:past] = history(part[:past])
-            parts.append(original(part, kernel))
-        return np.concatenate(parts)
-
-    return function("causal_conv", conv)
-
-
-# --- attention ------------------------------------------------------------------------------------------------
-
-
-def _seen(visible: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Change:
-    """Another mask: visible(token, head, key)."""
-
-    def softmax(_original, scores):
-        T, N, S = scores.shape
-        seen = visible(np.arange(T)[:, None, None], np.arange(N)[:, None], np.arange(S))
-        e = np.exp(scores - scores.max(axis=-1, keepdims=True)) * np.broadcast_to(seen, scores.shape)
-        return e / e.sum(axis=-1, keepdims=True)
-
-    return function("causal_softmax", softmax)
-
-
-def _reread(cached: Callable[[np.ndarray], np.ndarray]) -> tuple[Change, Change]:
-    """Scores made with keys, and mixes made with values, as a cache gives them back."""
-
-    def scores(x, get):
-        key = cached(get("Kcur"))
-        read = oracle.kv_head(np.arange(x.shape[1]), x.shape[1], key.shape[1])
-        return np.einsum("tnh,snh->tns", get("Qcur"), key[:, read])
-
-    def mix(x, get):
-        value = cached(get("Vcur"))
-        read = oracle.kv_head(np.arange(x.shape[1]), x.shape[1], value.shape[1])
-        return np.einsum("tns,snh->tnh", get("kq_soft_max"), value[:, read])
-
-    return tap("kq" + _ANY, scores), tap("kqv" + _ANY, mix)
-
-
-def _mixed_with_other_heads(x: np.ndarray, get: Any) -> np.ndarray:
-    """Scores read kv head n // r, values n % K."""
-    value = get("Vcur")
-    read = np.arange(x.shape[1]) % value.shape[1]
-    return np.einsum("tns,snh->tnh", get("kq_soft_max"), value[:, read])
-
-
-def _wrapped(x: np.ndarray, _get: Any) -> np.ndarray:
-    """A ring of 64 slots: from token 64 on, the oldest keys are the newest."""
-    x = x.copy()
-    for slot in range(max(0, len(x) - 64)):
-        x[slot + 64 :, :, slot] = x[slot + 64 :, :, slot + 64]
-    return x
-
-
-def _turned(which: str, position: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """Queries or keys alone turned by other positions."""
-
-    def change(x: np.ndarray, get: Any) -> np.ndarray:
-        return oracle.rope(
-            get(f"{which}cur_normed"), np.stack([position(np.arange(len(x)))] * 4), *catalogue.ROPE
-        )
-
-    return tap(f"{which}cur" + _ANY, change)
-
-
-def _rope_before_norm(model: oracle.Model) -> Change:
-    def change(x: np.ndarray, get: Any) -> np.ndarray:
-        raw = get("Qcur_reshaped")
-        turned = oracle.rope(raw, np.stack([np.arange(len(x))] * 4), *catalogue.ROPE)
-        weight = get("Qcur_normed") / oracle.rms(raw, 1e-6)  # the same for every token and head
-        return oracle.rms(turned, 1e-6) * weight[:1, :1]
-
-    return tap("Qcur" + _ANY, change)
-
-
-def _coarse_tables(_original, x, positions, rotary, sections, base, *rest):
-    """Cosines and sines stored in bf16."""
-    half = rotary // 2
-    angle = oracle.rope_angles(positions, rotary, sections, base, *rest)
-    cos, sin = (catalogue._bf16(f(angle))[:, None] for f in (np.cos, np.sin))
-    a, b, passed = np.split(x, [half, rotary], axis=-1)
-    return np.concatenate([a * cos - b * sin, a * sin + b * cos, passed], axis=-1)
-
-
-# --- products -------------------------------------------------------------------------------------------------
-
-
-def _tile(rows: slice, cols: slice) -> Callable[..., np.ndarray]:
-    """A tile that nobody wrote."""
-
-    def change(x: np.ndarray, _get: Any) -> np.ndarray:
-        x = x.copy()
-        x[rows, cols] = np.random.default_rng(8).standard_normal(x[rows, cols].shape)
-        return x
-
-    return change
-
-
-def _stale_last(x: np.ndarray, _get: Any) -> np.ndarray:
-    """Tokens go in pairs; an odd one at the end gets what was in the buffer, the pair's first before it."""
-    x = x.copy()
-    if len(x) % 2:
-        x[-1] = x[-3]
-    return x
-
-
-def _half_the_inputs(w: np.ndarray) -> np.ndarray:
-    """One of two shards: its sum was never added to the other's."""
-    return np.where(np.arange(w.shape[1]) < w.shape[1] // 2, w, 0)
-
-
-def _shards_interleaved(w: np.ndarray) -> np.ndarray:
-    """Rows of two shards put together one by one, not one after the other."""
-    return w.reshape(2, -1, w.shape[1]).swapaxes(0, 1).reshape(w.shape)
-
-
-def _next_block_scale(w: np.ndarray) -> np.ndarray:
-    """Blocks of 8 inputs, each with the scale of the block after it."""
-    blocks = w.reshape(len(w), -1, 8)
-    scale = np.abs(blocks).max(axis=-1, keepdims=True)
-    return (blocks / scale * np.roll(scale, -1, axis=1)).reshape(w.shape)
-
-
-def _without_minimum(w: np.ndarray) -> np.ndarray:
-    """Blocks of 8 inputs that start at 0 and not at their least value."""
-    blocks = w.reshape(len(w), -1, 8)
-    return (blocks - blocks.min(axis=-1, keepdims=True)).reshape(w.shape)
-
-
-def _every_eighth_negative(w: np.ndarray) -> np.ndarray:
-    """The sign of the last of eight, made from the parity of the others, with the wrong parity."""
-    return np.where(np.arange(w.shape[1]) % 8 == 7, -w, w)
-
-
-def _expert_stride(w: np.ndarray, *_: Any) -> np.ndarray:
-    """Expert e read from e rows too early."""
-    rows = w.reshape(-1, w.shape[-1])
-    return np.stack([np.roll(rows, e, axis=0)[e * w.shape[1] : (e + 1) * w.shape[1]] for e in range(len(w))])
-
-
-def _second_shard_of_ids(table: np.ndarray, *_: Any) -> np.ndarray:
-    """Ids of the other half of the vocabulary find nothing, and the sum over shards was left out."""
-    return np.where(np.arange(len(table))[:, None] < len(table) // 2, table, 0)
-
-
-def _down_in_bf16(model: oracle.Model) -> Change:
-    def down(original, m, name, x):
-        if not name.endswith("ffn_down"):
-            return original(m, name, x)
-        return _sums_in_bf16(x, m.weights[f"{name}.weight"])
-
-    return _linear(down)
-
-
-def _linear(replacement: Callable[..., np.ndarray]) -> Change:
-    """Another product: replacement(original, model, name, x)."""
-
-    @contextlib.contextmanager
-    def change(model: oracle.Model) -> Iterator[oracle.Model]:
-        original = oracle.Model.linear
-        oracle.Model.linear = lambda self, name, x: replacement(original, self, name, x)
-        try:
-            yield model
-        finally:
-            oracle.Model.linear = original
-
-    return change
-
-
-def _input_of(stem: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
-    """One product on changed inputs."""
-    return _linear(lambda o, m, name, x: o(m, name, change(x) if name.endswith(stem) else x))
-
-
-def _router_before_the_norm(model: oracle.Model) -> Change:
-    """The router on the stream itself."""
-
-    @contextlib.contextmanager
-    def change(m: oracle.Model) -> Iterator[oracle.Model]:
-        with contextlib.ExitStack() as stack:
-            for i in range(m.trunk_layers):
-                w = m.weights[f"blk.{i}.ffn_gate_inp.weight"]
-                replaced = tap(f"ffn_moe_logits-{i}", lambda x, get, w=w: get("attn_residual") @ w.T)
-                stack.enter_context(replaced(m))
-            yield m
-
-    return change
-
-
 SLIPS: list[Fault] = [
     # --- norms
     _KEY_NORM(
         "key-norm-of-the-queries",
-        weights("attn_k_norm", _of("k_norm", "q_norm")),
+        weights("attn_k_norm", kernels.of("k_norm", "q_norm")),
         "wrong-weight",
         "norm-weight",
     ),
     _QUERY_NORM(
         "query-norm-over-all-heads",
         tap(
-            "Qcur_normed" + _ANY,
+            "Qcur_normed" + ANY,
             lambda x, get: (
                 x
                 * np.sqrt(np.mean(get("Qcur_reshaped") ** 2, axis=2, keepdims=True))
@@ -411,7 +85,7 @@ SLIPS: list[Fault] = [
     _KEY_NORM(
         "key-norm-eps-1e-1",
         tap(
-            "Kcur_normed" + _ANY,
+            "Kcur_normed" + ANY,
             lambda x, get: (
                 x / np.sqrt(1 + 0.1 * np.mean((x / np.sqrt(np.mean(x**2))) ** 2, -1, keepdims=True))
             ),
@@ -420,12 +94,14 @@ SLIPS: list[Fault] = [
     ),
     _ATTN_NORM(
         "rms-squares-in-few-bits",
-        function("rms", lambda o, x, e: x / np.sqrt(_significant(np.mean(x * x, -1, keepdims=True), 6) + e)),
+        function(
+            "rms", lambda o, x, e: x / np.sqrt(kernels.significant(np.mean(x * x, -1, keepdims=True), 6) + e)
+        ),
         *("token-gain", "output-precision", "norm-precision", "approximation"),
     ),
     _POST_NORM(
         "post-norm-with-the-first-norms-weight",
-        weights("post_attention_norm", _of("post_attention_norm", "attn_norm")),
+        weights("post_attention_norm", kernels.of("post_attention_norm", "attn_norm")),
         *("wrong-weight", "norm-weight"),
     ),
     _LAST_NORM(
@@ -440,9 +116,7 @@ SLIPS: list[Fault] = [
         *("double-norm", "double-norm-weight", "norm-weight", "channel-gain"),
         layers="one",
     ),
-    _ATTN_NORM(
-        "first-norm-in-bf16", tap("attn_norm" + _ANY, lambda x, get: catalogue._bf16(x)), "output-precision"
-    ),
+    _ATTN_NORM("first-norm-in-bf16", tap("attn_norm" + ANY, lambda x, get: bf16(x)), "output-precision"),
     _ATTN_NORM(
         "norm-weights-absolute",
         weights(r"attn_norm\.weight", lambda w, *_: np.where(np.arange(len(w)) % 3 == 0, -w, w)),
@@ -470,16 +144,16 @@ SLIPS: list[Fault] = [
         *("token-shift",),
     ),
     _CONV_SILU(
-        "conv-silu-twice", tap("conv_output_silu" + _ANY, lambda x, get: oracle.silu(x)), "double-silu"
+        "conv-silu-twice", tap("conv_output_silu" + ANY, lambda x, get: oracle.silu(x)), "double-silu"
     ),
     _CONV_STATE(
         "conv-history-one-column-short",
-        _carried(lambda rows: np.concatenate([0 * rows[:1], rows[1:]])),
+        kernels.carried(lambda rows: np.concatenate([0 * rows[:1], rows[1:]])),
         *("chunk-boundary", "conv-state"),
     ),
     _CONV_STATE(
         "conv-history-of-the-first-chunk",
-        _carried(lambda rows: rows * 0 + rows.mean(axis=0)),
+        kernels.carried(lambda rows: rows * 0 + rows.mean(axis=0)),
         *("chunk-boundary", "conv-state"),
     ),
     # --- the delta net's operands
@@ -490,7 +164,7 @@ SLIPS: list[Fault] = [
     ),
     _L2(
         "l2-not-on-the-last-head",
-        tap("k_conv_predelta" + _ANY, lambda x, get: np.concatenate([x[:, :-1], get("k_conv")[:, -1:]], 1)),
+        tap("k_conv_predelta" + ANY, lambda x, get: np.concatenate([x[:, :-1], get("k_conv")[:, -1:]], 1)),
         *("missing-norm", "head-gain", "some-heads"),
         tokens=20,
     ),
@@ -501,38 +175,41 @@ SLIPS: list[Fault] = [
     ),
     _DELTA(
         "keys-scaled-too",
-        _rule(lambda q, k, v, g, b: (q, k * k.shape[-1] ** -0.5, v, g, b)),
+        on_operands(lambda q, k, v, g, b: (q, k * k.shape[-1] ** -0.5, v, g, b)),
         "missing-scale",
         "double-scale",
         "key-scale",
     ),
     _DELTA(
         "beta-one-token-late",
-        _rule(lambda q, k, v, g, b: (q, k, v, g, _late(b))),
+        on_operands(lambda q, k, v, g, b: (q, k, v, g, late(b))),
         "token-shift",
         "beta-order",
         "missing-beta",
     ),
-    _DELTA("values-one-token-late", _rule(lambda q, k, v, g, b: (q, k, _late(v), g, b)), "token-shift"),
+    _DELTA("values-one-token-late", on_operands(lambda q, k, v, g, b: (q, k, late(v), g, b)), "token-shift"),
     _DELTA(
-        "decay-one-token-late", _rule(lambda q, k, v, g, b: (q, k, v, _late(g), b)), "decay", "token-shift"
+        "decay-one-token-late",
+        on_operands(lambda q, k, v, g, b: (q, k, v, late(g), b)),
+        "decay",
+        "token-shift",
     ),
-    _DELTA("decay-base-two", _rule(lambda q, k, v, g, b: (q, k, v, g * np.log(2), b)), "decay"),
+    _DELTA("decay-base-two", on_operands(lambda q, k, v, g, b: (q, k, v, g * np.log(2), b)), "decay"),
     _DELTA(
         "decay-factor-in-bf16",
-        catalogue._delta(catalogue.step(decay=lambda g: catalogue._bf16(np.exp(g)))),
+        delta(step(decay=lambda g: bf16(np.exp(g)))),
         "decay",
         "state-precision",
         "decay-precision",
     ),
     _DELTA(
         "decay-averaged-over-heads",
-        _rule(lambda q, k, v, g, b: (q, k, v, 0 * g + g.mean(1, keepdims=True), b)),
+        on_operands(lambda q, k, v, g, b: (q, k, v, 0 * g + g.mean(1, keepdims=True), b)),
         "decay",
     ),
     _DELTA(
         "beta-averaged-over-heads",
-        _rule(lambda q, k, v, g, b: (q, k, v, g, 0 * b + b.mean(1, keepdims=True))),
+        on_operands(lambda q, k, v, g, b: (q, k, v, g, 0 * b + b.mean(1, keepdims=True))),
         "missing-beta",
         "head-permutation",
         "beta-heads",
@@ -540,19 +217,19 @@ SLIPS: list[Fault] = [
     ),
     _DELTA(
         "keys-in-bf16",
-        _rule(lambda q, k, v, g, b: (q, catalogue._bf16(k), v, g, b)),
+        on_operands(lambda q, k, v, g, b: (q, bf16(k), v, g, b)),
         "input-precision",
         "state-precision",
     ),
     _DELTA(
         "queries-and-keys-exchanged",
-        _rule(lambda q, k, v, g, b: (k * k.shape[-1] ** -0.5, q * q.shape[-1] ** 0.5, v, g, b)),
+        on_operands(lambda q, k, v, g, b: (k * k.shape[-1] ** -0.5, q * q.shape[-1] ** 0.5, v, g, b)),
         "swapped-q-k",
     ),
     # --- its chunks and state
     _STATE(
         "solve-truncated",
-        _chunked(solve=_truncated),
+        kernels.chunked(solve=kernels.truncated),
         "chunk-solve",
         "chunk-boundary",
         "missing-correction",
@@ -560,15 +237,17 @@ SLIPS: list[Fault] = [
     ),
     _STATE(
         "solve-left-out",
-        _chunked(solve=lambda a, b: b),
+        kernels.chunked(solve=lambda a, b: b),
         "chunk-solve",
         "chunk-boundary",
         "missing-correction",
     ),
-    _STATE("start-state-not-decayed-in-the-chunk", _chunked(start_decays=False), "decay", "chunk-boundary"),
+    _STATE(
+        "start-state-not-decayed-in-the-chunk", kernels.chunked(start_decays=False), "decay", "chunk-boundary"
+    ),
     _STATE(
         "decay-sums-in-f16",
-        _chunked(64, sums=lambda g: catalogue._f16(np.cumsum(g, axis=0))),
+        kernels.chunked(64, sums=lambda g: f16(np.cumsum(g, axis=0))),
         "decay",
         "state-precision",
         "decay-precision",
@@ -576,32 +255,30 @@ SLIPS: list[Fault] = [
     ),
     _STATE(
         "chunk-mask-without-the-diagonal",
-        _chunked(scores=lambda s: s * (1 - np.eye(s.shape[-1]))),
+        kernels.chunked(scores=lambda s: s * (1 - np.eye(s.shape[-1]))),
         "update-order",
         "mask",
         "chunk-mask",
     ),
     _STATE(
         "carry-one-chunk-behind",
-        _chunked(32, carry=lambda after, before: before),
+        kernels.chunked(32, carry=lambda after, before: before),
         "chunk-boundary",
         "stale-state",
     ),
     _STATE(
         "carry-of-the-next-head",
-        _chunked(32, carry=lambda after, before: np.roll(after, 1, axis=0)),
+        kernels.chunked(32, carry=lambda after, before: np.roll(after, 1, axis=0)),
         "chunk-boundary",
         "head-permutation",
     ),
     _STATE(
         "carry-in-eight-bits",
-        _chunked(32, carry=lambda after, before: _int8(after)),
+        kernels.chunked(32, carry=lambda after, before: kernels.int8(after)),
         "chunk-boundary",
         "state-precision",
     ),
-    _STATE(
-        "state-in-fp8", catalogue._delta(catalogue._step, lambda s: _significant(s, 4)), "state-precision"
-    ),
+    _STATE("state-in-fp8", delta(delta_step, lambda s: kernels.significant(s, 4)), "state-precision"),
     # --- gates and decay
     _RATE(
         "dt-bias-of-the-next-head",
@@ -618,7 +295,7 @@ SLIPS: list[Fault] = [
     _RATE("dt-bias-subtracted", weights(r"ssm_dt\.bias", lambda w, *_: -w), "bias-sign", "missing-bias"),
     _DECAY(
         "decay-of-another-layer",
-        weights(r"blk\.1\.ssm_a$", _of("blk.1.", "blk.0.")),
+        weights(r"blk\.1\.ssm_a$", kernels.of("blk.1.", "blk.0.")),
         "wrong-weight",
         "decay",
         "head-gain",
@@ -682,16 +359,16 @@ SLIPS: list[Fault] = [
     ),
     _SSM_OUT(
         "mixer-sum-of-one-shard",
-        weights(r"ssm_out\.weight", inputs(_half_the_inputs)),
+        weights(r"ssm_out\.weight", inputs(kernels.half_the_inputs)),
         "missing-inputs",
         "partial-sum",
     ),
     _SSM_OUT(
-        "mixer-reduced-twice", tap("linear_attn_out" + _ANY, lambda x, get: 2 * x), "gain", "missing-scale"
+        "mixer-reduced-twice", tap("linear_attn_out" + ANY, lambda x, get: 2 * x), "gain", "missing-scale"
     ),
     _SSM_OUT(
         "mixer-odd-token-stale",
-        tap("linear_attn_out" + _ANY, _stale_last),
+        tap("linear_attn_out" + ANY, kernels.stale_last),
         "stale-row",
         "some-tokens",
         "token-shift",
@@ -700,7 +377,7 @@ SLIPS: list[Fault] = [
     ),
     _SSM_OUT(
         "mixer-out-eight-bit-inputs",
-        _input_of("ssm_out", _int8),
+        kernels.input_of("ssm_out", kernels.int8),
         "input-precision",
         "output-precision",
         "low-precision",
@@ -731,7 +408,7 @@ SLIPS: list[Fault] = [
     _VALUES(
         "value-bias",
         tap(
-            "Vcur" + _ANY,
+            "Vcur" + ANY,
             lambda x, get: x + 0.2 * np.sin(np.arange(x.shape[1] * x.shape[2])).reshape(x.shape[1:]),
         ),
         "missing-bias",
@@ -739,33 +416,33 @@ SLIPS: list[Fault] = [
     _KEY_NORM(
         "key-heads-in-reverse",
         weights(
-            r"attn_k\.weight", lambda w, *_: w.reshape(-1, catalogue.HEAD, w.shape[1])[::-1].reshape(w.shape)
+            r"attn_k\.weight", lambda w, *_: w.reshape(-1, changes.HEAD, w.shape[1])[::-1].reshape(w.shape)
         ),
         "head-permutation",
         "channel-permutation",
     ),
     _GATE(
         "gate-of-the-next-head",
-        tap("gate_reshaped" + _ANY, lambda x, get: np.roll(x, catalogue.HEAD, axis=1)),
+        tap("gate_reshaped" + ANY, lambda x, get: np.roll(x, changes.HEAD, axis=1)),
         "head-permutation",
         "gate-layout",
         "channel-permutation",
     ),
     _GATE_SIGMOID(
         "gate-hard-sigmoid",
-        tap("gate_sigmoid" + _ANY, lambda x, get: np.clip(get("gate_reshaped") / 6 + 0.5, 0, 1)),
+        tap("gate_sigmoid" + ANY, lambda x, get: np.clip(get("gate_reshaped") / 6 + 0.5, 0, 1)),
         "hard-sigmoid-for-sigmoid",
         "approximation",
     ),
     _GATE_SIGMOID(
         "gate-tanh",
-        tap("gate_sigmoid" + _ANY, lambda x, get: np.tanh(get("gate_reshaped"))),
+        tap("gate_sigmoid" + ANY, lambda x, get: np.tanh(get("gate_reshaped"))),
         "tanh-for-sigmoid",
     ),
     _GATE_SIGMOID(
         "gate-softsign",
         tap(
-            "gate_sigmoid" + _ANY,
+            "gate_sigmoid" + ANY,
             lambda x, get: 0.5 + 0.5 * get("gate_reshaped") / (1 + np.abs(get("gate_reshaped"))),
         ),
         "softsign-for-sigmoid",
@@ -774,14 +451,14 @@ SLIPS: list[Fault] = [
     ),
     _GATE_SIGMOID(
         "gate-sigmoid-twice",
-        tap("gate_sigmoid" + _ANY, lambda x, get: oracle.sigmoid(x)),
+        tap("gate_sigmoid" + ANY, lambda x, get: oracle.sigmoid(x)),
         "twice-sigmoid",
         "double-sigmoid",
     ),
-    _ROPE("query-rotated-before-its-norm", told(_rope_before_norm), "norm-order", "rope-order"),
+    _ROPE("query-rotated-before-its-norm", told(kernels.rope_before_norm), "norm-order", "rope-order"),
     _ROPE(
         "rope-tables-in-bf16",
-        function("rope", _coarse_tables),
+        function("rope", kernels.coarse_tables),
         "rope-precision",
         "output-precision",
         "rope-angle",
@@ -795,10 +472,10 @@ SLIPS: list[Fault] = [
         "rope-partial",
         "rope-dims",
     ),
-    _ROPE("queries-one-position-back", _turned("Q", lambda t: t - 1), "position-shift"),
+    _ROPE("queries-one-position-back", kernels.turned("Q", lambda t: t - 1), "position-shift"),
     _ROPE(
         "keys-at-position-zero",
-        _turned("K", lambda t: 0 * t + 7),
+        kernels.turned("K", lambda t: 0 * t + 7),
         "missing-rope",
         "position-shift",
         "position-reset",
@@ -813,24 +490,26 @@ SLIPS: list[Fault] = [
     ),
     _SCORES(
         "key-cache-in-eight-bits",
-        _reread(_int8)[0],
+        kernels.reread(kernels.int8)[0],
         "kv-cache",
         "kv-precision",
         "input-precision",
         "output-precision",
     ),
-    _SCORES("key-cache-a-ring-of-64", tap("kq" + _ANY, _wrapped), "kv-cache", "stale-row", tokens=100),
+    _SCORES("key-cache-a-ring-of-64", tap("kq" + ANY, kernels.wrapped), "kv-cache", "stale-row", tokens=100),
     _SOFTMAX(
         "second-chunk-blind-to-the-first",
-        _seen(lambda t, n, s: (s <= t) & (s // 32 == t // 32)),
+        kernels.seen(lambda t, n, s: (s <= t) & (s // 32 == t // 32)),
         "mask",
         "chunk-boundary",
     ),
-    _SOFTMAX("one-head-with-a-window", _seen(lambda t, n, s: (s <= t) & ((s > t - 16) | (n != 1))), "mask"),
-    _SOFTMAX("chunk-sees-all-of-itself", _seen(lambda t, n, s: s // 8 <= t // 8), "mask"),
+    _SOFTMAX(
+        "one-head-with-a-window", kernels.seen(lambda t, n, s: (s <= t) & ((s > t - 16) | (n != 1))), "mask"
+    ),
+    _SOFTMAX("chunk-sees-all-of-itself", kernels.seen(lambda t, n, s: s // 8 <= t // 8), "mask"),
     _SOFTMAX(
         "probabilities-in-bf16",
-        tap("kq_soft_max" + _ANY, lambda x, get: catalogue._bf16(x)),
+        tap("kq_soft_max" + ANY, lambda x, get: bf16(x)),
         "output-precision",
     ),
     _SOFTMAX(
@@ -840,7 +519,7 @@ SLIPS: list[Fault] = [
             lambda o, s: (lambda e: e / e.sum(-1, keepdims=True))(
                 np.where(
                     np.arange(len(s)) <= np.arange(len(s))[:, None, None],
-                    _quick_exp(s - s.max(-1, keepdims=True)),
+                    kernels.quick_exp(s - s.max(-1, keepdims=True)),
                     0,
                 )
             ),
@@ -850,22 +529,22 @@ SLIPS: list[Fault] = [
     ),
     _MIX(
         "value-cache-in-fp8",
-        _reread(lambda v: _significant(v, 4))[1],
+        kernels.reread(lambda v: kernels.significant(v, 4))[1],
         "kv-cache",
         "kv-precision",
         "input-precision",
         "output-precision",
     ),
-    _MIX("values-of-another-head", tap("kqv" + _ANY, _mixed_with_other_heads), "head-permutation"),
+    _MIX("values-of-another-head", tap("kqv" + ANY, kernels.mixed_with_other_heads), "head-permutation"),
     _OUT(
         "attention-sum-of-one-shard",
-        weights(r"attn_output\.weight", inputs(_half_the_inputs)),
+        weights(r"attn_output\.weight", inputs(kernels.half_the_inputs)),
         "missing-inputs",
         "partial-sum",
     ),
     _OUT(
         "attention-odd-token-stale",
-        tap("attn_output" + _ANY, attention_only(_stale_last)),
+        tap("attn_output" + ANY, attention_only(kernels.stale_last)),
         "stale-row",
         "some-tokens",
         "token-shift",
@@ -875,19 +554,19 @@ SLIPS: list[Fault] = [
     # --- the feed-forward network and the stream
     _FFN_IN(
         "up-of-the-layer-before",
-        weights(r"blk\.2\.ffn_up\.weight", _of("blk.2.", "blk.1.")),
+        weights(r"blk\.2\.ffn_up\.weight", kernels.of("blk.2.", "blk.1.")),
         "wrong-weight",
         layers="one",
     ),
     _FFN_IN(
         "up-shards-interleaved",
-        weights(r"ffn_up\.weight", inputs(_shards_interleaved)),
+        weights(r"ffn_up\.weight", inputs(kernels.shards_interleaved)),
         "channel-permutation",
         "weight-layout",
     ),
     _FFN_IN(
         "gate-every-eighth-input-negative",
-        weights(r"ffn_gate\.weight", inputs(_every_eighth_negative)),
+        weights(r"ffn_gate\.weight", inputs(kernels.every_eighth_negative)),
         "input-gain",
         "input-sign",
         "sign",
@@ -896,7 +575,8 @@ SLIPS: list[Fault] = [
     _FFN_IN(
         "up-eight-bit-inputs",
         function(
-            "ffn_half", lambda o, m, stem, h, *rest: o(m, stem, _int8(h) if stem == "ffn_up" else h, *rest)
+            "ffn_half",
+            lambda o, m, stem, h, *rest: o(m, stem, kernels.int8(h) if stem == "ffn_up" else h, *rest),
         ),
         "input-precision",
         "output-precision",
@@ -904,22 +584,22 @@ SLIPS: list[Fault] = [
     ),
     _SWIGLU(
         "ffn-relu",
-        tap("ffn_swiglu" + _ANY, lambda x, get: np.maximum(get("ffn_gate"), 0) * get("ffn_up")),
+        tap("ffn_swiglu" + ANY, lambda x, get: np.maximum(get("ffn_gate"), 0) * get("ffn_up")),
         "relu-for-silu",
     ),
     _SWIGLU(
-        "up-plus-one", tap("ffn_swiglu" + _ANY, lambda x, get: x + oracle.silu(get("ffn_gate"))), "up-offset"
+        "up-plus-one", tap("ffn_swiglu" + ANY, lambda x, get: x + oracle.silu(get("ffn_gate"))), "up-offset"
     ),
     _SWIGLU(
         "ffn-sigmoid",
-        tap("ffn_swiglu" + _ANY, lambda x, get: oracle.sigmoid(get("ffn_gate")) * get("ffn_up")),
+        tap("ffn_swiglu" + ANY, lambda x, get: oracle.sigmoid(get("ffn_gate")) * get("ffn_up")),
         "sigmoid-for-silu",
     ),
     _SWIGLU(
         "silu-quick-exp",
         tap(
-            "ffn_swiglu" + _ANY,
-            lambda x, get: get("ffn_gate") / (1 + _quick_exp(-get("ffn_gate"))) * get("ffn_up"),
+            "ffn_swiglu" + ANY,
+            lambda x, get: get("ffn_gate") / (1 + kernels.quick_exp(-get("ffn_gate"))) * get("ffn_up"),
         ),
         "approximation",
         "output-precision",
@@ -928,20 +608,20 @@ SLIPS: list[Fault] = [
     ),
     _SWIGLU(
         "silu-of-the-product",
-        tap("ffn_swiglu" + _ANY, lambda x, get: oracle.silu(get("ffn_gate") * get("ffn_up"))),
+        tap("ffn_swiglu" + ANY, lambda x, get: oracle.silu(get("ffn_gate") * get("ffn_up"))),
         "activation-order",
         "swapped-gate-up",
     ),
     _DOWN(
         "down-sum-of-one-shard",
-        weights(r"blk\.1\.ffn_down\.weight", inputs(_half_the_inputs)),
+        weights(r"blk\.1\.ffn_down\.weight", inputs(kernels.half_the_inputs)),
         "missing-inputs",
         "partial-sum",
         layers="one",
     ),
     _DOWN(
         "down-sums-in-bf16",
-        told(_down_in_bf16),
+        told(kernels.down_in_bf16),
         "output-precision",
         "accumulator-precision",
         "input-precision",
@@ -949,34 +629,34 @@ SLIPS: list[Fault] = [
     ),
     _DOWN(
         "down-eight-bit-inputs",
-        _input_of("ffn_down", _int8),
+        kernels.input_of("ffn_down", kernels.int8),
         "input-precision",
         "output-precision",
         "low-precision",
     ),
     _DOWN(
         "down-weights-in-bf16",
-        weights(r"ffn_down\.weight", inputs(catalogue._bf16)),
+        weights(r"ffn_down\.weight", inputs(bf16)),
         "weight-precision",
         "low-precision",
     ),
     _DOWN(
         "down-scales-of-the-next-block",
-        weights(r"ffn_down\.weight", inputs(_next_block_scale)),
+        weights(r"ffn_down\.weight", inputs(kernels.next_block_scale)),
         "block-scale",
         "weight-layout",
         "wrong-weight",
     ),
     _DOWN(
         "down-without-minimum",
-        weights(r"ffn_down\.weight", inputs(_without_minimum)),
+        weights(r"ffn_down\.weight", inputs(kernels.without_minimum)),
         "zero-point",
         "missing-bias",
         "block-minimum",
     ),
     _DOWN(
         "down-tile-of-garbage",
-        tap("ffn_out-2", _tile(slice(16, 32), slice(8, 24))),
+        tap("ffn_out-2", kernels.tile(slice(16, 32), slice(8, 24))),
         "some-tokens",
         "channel-range",
         "tile",
@@ -986,16 +666,16 @@ SLIPS: list[Fault] = [
     ),
     _DOWN(
         "down-one-row-of-garbage",
-        tap("ffn_out-1", _tile(slice(5, 6), slice(None))),
+        tap("ffn_out-1", kernels.tile(slice(5, 6), slice(None))),
         "some-tokens",
         "stale-row",
         "garbage",
         layers="one",
     ),
-    _DOWN("down-late", tap("ffn_out-0", lambda x, get: _late(x)), "token-shift", layers="one"),
+    _DOWN("down-late", tap("ffn_out-0", lambda x, get: late(x)), "token-shift", layers="one"),
     _STREAM(
         "ffn-branch-halved",
-        tap("l_out" + _ANY, lambda x, get: 0.5 * (x + get("attn_residual"))),
+        tap("l_out" + ANY, lambda x, get: 0.5 * (x + get("attn_residual"))),
         "residual-scale",
         "branch-gain",
         "missing-branch",
@@ -1007,16 +687,19 @@ SLIPS: list[Fault] = [
     _STREAM("stream-clipped", tap("l_out-1", lambda x, get: np.clip(x, -2, 2)), "saturation", layers="one"),
     # --- both ends
     _EMBED(
-        "embedding-second-shard-empty", weights("token_embd", _second_shard_of_ids), "zeros", layers="one"
+        "embedding-second-shard-empty",
+        weights("token_embd", kernels.second_shard_of_ids),
+        "zeros",
+        layers="one",
     ),
     _EMBED(
         "embedding-in-eight-bits",
-        weights("token_embd", inputs(_int8)),
+        weights("token_embd", inputs(kernels.int8)),
         "weight-precision",
         "output-precision",
         layers="one",
     ),
-    _EMBED("embedding-late", tap("model.input_embed", lambda x, get: _late(x)), "token-shift", layers="one"),
+    _EMBED("embedding-late", tap("model.input_embed", lambda x, get: late(x)), "token-shift", layers="one"),
     _EMBED(
         "embedding-normed",
         tap("model.input_embed", lambda x, get: oracle.rms(x, 1e-6)),
@@ -1037,16 +720,16 @@ SLIPS: list[Fault] = [
         "wrong-input",
         layers="one",
     ),
-    _HEAD("head-late", tap("result_output", lambda x, get: _late(x)), "token-shift", layers="one"),
+    _HEAD("head-late", tap("result_output", lambda x, get: late(x)), "token-shift", layers="one"),
     _HEAD(
         "head-in-bf16",
-        tap("result_output", lambda x, get: catalogue._bf16(x)),
+        tap("result_output", lambda x, get: bf16(x)),
         "output-precision",
         layers="one",
     ),
     _HEAD(
         "head-last-rows-of-garbage",
-        tap("result_output", _tile(slice(None), slice(-5, None))),
+        tap("result_output", kernels.tile(slice(None), slice(-5, None))),
         "channel-range",
         "garbage",
         layers="one",
@@ -1072,20 +755,24 @@ _SHARED_SIGMOID = Place("moe", ("shared_expert_gate_sigmoid",))
 
 # On models with experts only.
 EXPERT_SLIPS: list[Fault] = [
+    _ROUTER("router-in-bf16", tap("ffn_moe_logits" + ANY, lambda x, get: bf16(x)), "output-precision"),
     _ROUTER(
-        "router-in-bf16", tap("ffn_moe_logits" + _ANY, lambda x, get: catalogue._bf16(x)), "output-precision"
+        "router-before-the-norm",
+        told(kernels.router_before_the_norm),
+        "wrong-input",
+        "missing-norm",
+        "router",
     ),
-    _ROUTER("router-before-the-norm", told(_router_before_the_norm), "wrong-input", "missing-norm", "router"),
     _CHOICE(
         "choice-of-the-token-before",
-        tap("ffn_moe_topk" + _ANY, lambda x, get: np.concatenate([x[:1], x[:-1]])),
+        tap("ffn_moe_topk" + ANY, lambda x, get: np.concatenate([x[:1], x[:-1]])),
         "token-shift",
         "stale-row",
         "router",
     ),
     _EXPERT_IN(
         "expert-stride-one-row-short",
-        weights("ffn_up_exps", _expert_stride),
+        weights("ffn_up_exps", kernels.expert_stride),
         "expert-stride",
         "wrong-expert",
         "weight-layout",
@@ -1093,14 +780,14 @@ EXPERT_SLIPS: list[Fault] = [
     ),
     _EXPERT_IN(
         "expert-weight-on-its-input",
-        tap("ffn_moe_(gate|up)" + _ANY, lambda x, get: x * get("ffn_moe_weights_norm")[..., None]),
+        tap("ffn_moe_(gate|up)" + ANY, lambda x, get: x * get("ffn_moe_weights_norm")[..., None]),
         "router",
         "weight-order",
         "token-gain",
     ),
     _EXPERT_SWIGLU(
         "expert-gelu",
-        tap("ffn_moe_swiglu" + _ANY, lambda x, get: catalogue._gelu(get("ffn_moe_gate")) * get("ffn_moe_up")),
+        tap("ffn_moe_swiglu" + ANY, lambda x, get: gelu(get("ffn_moe_gate")) * get("ffn_moe_up")),
         "gelu-for-silu",
     ),
     _EXPERT_DOWN(
@@ -1111,7 +798,7 @@ EXPERT_SLIPS: list[Fault] = [
     ),
     _EXPERT_DOWN(
         "expert-down-slots-exchanged",
-        tap("ffn_moe_down" + _ANY, lambda x, get: x[:, [1, 0, *range(2, x.shape[1])]]),
+        tap("ffn_moe_down" + ANY, lambda x, get: x[:, [1, 0, *range(2, x.shape[1])]]),
         "slot-permutation",
         "expert-permutation",
         "wrong-expert",
@@ -1120,7 +807,7 @@ EXPERT_SLIPS: list[Fault] = [
     ),
     _EXPERT_DOWN(
         "last-expert-never-written",
-        tap("ffn_moe_down" + _ANY, lambda x, get: np.where((get("ffn_moe_topk") == 6)[..., None], 0, x)),
+        tap("ffn_moe_down" + ANY, lambda x, get: np.where((get("ffn_moe_topk") == 6)[..., None], 0, x)),
         "zeros",
         "missing-expert",
         "missing-experts",
@@ -1128,38 +815,38 @@ EXPERT_SLIPS: list[Fault] = [
     ),
     _WEIGHTED(
         "weights-squared",
-        tap("ffn_moe_weighted" + _ANY, lambda x, get: x * get("ffn_moe_weights_norm")[..., None]),
+        tap("ffn_moe_weighted" + ANY, lambda x, get: x * get("ffn_moe_weights_norm")[..., None]),
         "router",
         "double-weight",
         "token-gain",
     ),
     _WEIGHTED(
         "weights-before-normalisation",
-        tap("ffn_moe_weighted" + _ANY, lambda x, get: get("ffn_moe_down") * get("ffn_moe_weights")),
+        tap("ffn_moe_weighted" + ANY, lambda x, get: get("ffn_moe_down") * get("ffn_moe_weights")),
         "router",
         "token-gain",
     ),
     _WEIGHTS(
         "weights-softmaxed-again",
-        tap("ffn_moe_weights_norm" + _ANY, lambda x, get: oracle.softmax(get("ffn_moe_weights")[..., 0])),
+        tap("ffn_moe_weights_norm" + ANY, lambda x, get: oracle.softmax(get("ffn_moe_weights")[..., 0])),
         "router",
     ),
     _SHARED_GATE(
         "shared-gate-of-the-first-token",
-        tap("shared_expert_gate" + _ANY, lambda x, get: 0 * x + x[:1]),
+        tap("shared_expert_gate" + ANY, lambda x, get: 0 * x + x[:1]),
         "stale-row",
         "broadcast",
         "token-gain",
     ),
     _SHARED_SIGMOID(
         "shared-gate-sigmoid-twice",
-        tap("shared_expert_gate_sigmoid" + _ANY, lambda x, get: oracle.sigmoid(x)),
+        tap("shared_expert_gate_sigmoid" + ANY, lambda x, get: oracle.sigmoid(x)),
         "twice-sigmoid",
         "double-sigmoid",
     ),
     _SHARED_SIGMOID(
         "shared-gate-silu",
-        tap("shared_expert_gate_sigmoid" + _ANY, lambda x, get: x * get("shared_expert_gate")),
+        tap("shared_expert_gate_sigmoid" + ANY, lambda x, get: x * get("shared_expert_gate")),
         "silu-for-sigmoid",
     ),
 ]

@@ -1,14 +1,12 @@
-"""Faults that the analyzer was run against once, and that nothing in it was changed for: how it does on the unknown."""
+"""A fourth collection, run once before anything was changed for it: how the analyzer does on the unknown."""
 
 from __future__ import annotations
 
 import numpy as np
 import oracle
-from faults import catalogue, slips
-from faults.catalogue import ATT, Fault, both, function, tap, weights
-from faults.slips import Place
+from faults import changes, kernels
+from faults.changes import ANY, Fault, Place, both, function, on_operands, tap, told, weights
 
-_ANY = r"-\d+"
 _FFN = ("ffn", "moe")
 _GENERAL = ("channel-permutation", "weight-layout", "head-permutation")
 _PRECISION = ("input-precision", "output-precision", "low-precision")
@@ -19,13 +17,13 @@ def _early(x):
 
 
 def _clipped_decay(state, q, k, v, g, beta):
-    return catalogue._step(state, q, k, v, np.maximum(g, np.log(0.5)), beta)
+    return changes.delta_step(state, q, k, v, np.maximum(g, np.log(0.5)), beta)
 
 
 def _shared_state(state, q, k, v, g, beta):
     state = state.copy()
     state[1] = state[0]
-    return catalogue._step(state, q, k, v, g, beta)
+    return changes.delta_step(state, q, k, v, g, beta)
 
 
 def _sums_never_reset(model):
@@ -115,11 +113,11 @@ def _head_weights_by_head(x, get):
 
 
 def _minor(w, *_):
-    return w.reshape(len(w), -1, catalogue.HEAD).swapaxes(1, 2).reshape(w.shape)
+    return w.reshape(len(w), -1, changes.HEAD).swapaxes(1, 2).reshape(w.shape)
 
 
 def _expert_gate_in_fp8(original, model, stem, x, *rest):
-    return original(model, stem, slips._significant(x, 4) if stem == "ffn_gate_exps" else x, *rest)
+    return original(model, stem, kernels.significant(x, 4) if stem == "ffn_gate_exps" else x, *rest)
 
 
 _NORM = Place("norm", ("attn_norm", "norm"))
@@ -135,7 +133,7 @@ _OUT, _SWIGLU, _DOWN = (
 )
 
 UNSEEN: list[Fault] = [
-    _NORM("norm-of-f16-inputs", function("rms", lambda o, x, e: o(catalogue._f16(x), e)), *_PRECISION),
+    _NORM("norm-of-f16-inputs", function("rms", lambda o, x, e: o(changes.f16(x), e)), *_PRECISION),
     _NORM(
         "mean-over-the-padded-width",
         function("rms", lambda o, x, e: x / np.sqrt((x * x).sum(-1, keepdims=True) / (x.shape[-1] + 16) + e)),
@@ -156,7 +154,7 @@ UNSEEN: list[Fault] = [
     ),
     Place("norm", ("Qcur_normed",), ("norm", "attention"))(
         "query-norm-weight-by-head",
-        tap("Qcur_normed" + _ANY, _head_weights_by_head),
+        tap("Qcur_normed" + ANY, _head_weights_by_head),
         "norm-weight",
         "weight-layout",
         "wrong-weight",
@@ -169,38 +167,38 @@ UNSEEN: list[Fault] = [
     ),
     Place("ssm", ("conv_output_raw",))(
         "conv-kernel-in-bf16",
-        weights("ssm_conv1d", lambda w, *_: catalogue._bf16(w)),
+        weights("ssm_conv1d", lambda w, *_: changes.bf16(w)),
         "weight-precision",
         *_PRECISION,
         "conv-kernel",
     ),
     Place("ssm", ("conv_output_raw",))(
         "conv-bias",
-        tap("conv_output_raw" + _ANY, lambda x, get: x + 0.1 * np.sin(np.arange(x.shape[1]))),
+        tap("conv_output_raw" + ANY, lambda x, get: x + 0.1 * np.sin(np.arange(x.shape[1]))),
         "missing-bias",
     ),
     _QKV_SILU(
         "conv-sigmoid",
-        tap("conv_output_silu" + _ANY, lambda x, get: oracle.sigmoid(get("conv_output_raw"))),
+        tap("conv_output_silu" + ANY, lambda x, get: oracle.sigmoid(get("conv_output_raw"))),
         "sigmoid-for-silu",
     ),
-    _STATES("decay-not-below-a-half", catalogue._delta(_clipped_decay), "decay", "saturation"),
+    _STATES("decay-not-below-a-half", changes.delta(_clipped_decay), "decay", "saturation"),
     Place("ssm", ("attn_output", "new_state"))(
-        "decay-sums-never-reset", slips.told(_sums_never_reset), "decay", "chunk-boundary"
+        "decay-sums-never-reset", told(_sums_never_reset), "decay", "chunk-boundary"
     ),
     _STATES(
-        "keys-one-token-early", slips._rule(lambda q, k, v, g, b: (q, _early(k), v, g, b)), "token-shift"
+        "keys-one-token-early", on_operands(lambda q, k, v, g, b: (q, _early(k), v, g, b)), "token-shift"
     ),
     _STATES(
         "two-heads-one-state",
-        catalogue._delta(_shared_state),
+        changes.delta(_shared_state),
         "head-permutation",
         "stale-state",
         "state-aliasing",
     ),
     _V(
         "value-dims-reversed",
-        tap("v_conv_predelta" + _ANY, lambda x, get: x[..., ::-1]),
+        tap("v_conv_predelta" + ANY, lambda x, get: x[..., ::-1]),
         "channel-permutation",
     ),
     Place("ssm", ("q_conv_predelta", "k_conv_predelta"))(
@@ -229,7 +227,7 @@ UNSEEN: list[Fault] = [
     ),
     _SOFT(
         "attention-scale-of-the-rotary-dims",
-        function("attention_scale", lambda o, H: catalogue.ROPE[0] ** -0.5),
+        function("attention_scale", lambda o, H: changes.ROPE[0] ** -0.5),
         "missing-scale",
         "double-scale",
         "attention-scale",
@@ -238,16 +236,16 @@ UNSEEN: list[Fault] = [
     _ROPE(
         "keys-of-another-base",
         tap(
-            "Kcur" + _ANY,
+            "Kcur" + ANY,
             lambda x, get: oracle.rope(
-                get("Kcur_normed"), np.stack([np.arange(len(x))] * 4), *catalogue.ROPE[:2], 1e6
+                get("Kcur_normed"), np.stack([np.arange(len(x))] * 4), *changes.ROPE[:2], 1e6
             ),
         ),
         "rope-base",
     ),
     _ROPE(
         "last-query-head-not-rotated",
-        tap("Qcur" + _ANY, lambda x, get: _last_head(x, get("Qcur_normed"))),
+        tap("Qcur" + ANY, lambda x, get: _last_head(x, get("Qcur_normed"))),
         "missing-rope",
     ),
     _ROPE(
@@ -259,8 +257,10 @@ UNSEEN: list[Fault] = [
         "rope-base",
     ),
     _ROPE("rope-mirrored", function("rope", _mirrored), "rope-sign", "rope-pairing"),
-    _SOFT("first-key-never-seen", slips._seen(lambda t, n, s: (s <= t) & ((s > 0) | (t == 0))), "mask"),
-    _SOFT("prefix-sees-all-of-itself", slips._seen(lambda t, n, s: (s <= t) | ((t < 16) & (s < 16))), "mask"),
+    _SOFT("first-key-never-seen", kernels.seen(lambda t, n, s: (s <= t) & ((s > 0) | (t == 0))), "mask"),
+    _SOFT(
+        "prefix-sees-all-of-itself", kernels.seen(lambda t, n, s: (s <= t) | ((t < 16) & (s < 16))), "mask"
+    ),
     _SOFT(
         "exp-of-two",
         function("causal_softmax", lambda o, s: o(s * np.log(2))),
@@ -270,18 +270,18 @@ UNSEEN: list[Fault] = [
     ),
     _MIX(
         "one-head-dropped",
-        tap("kqv" + _ANY, lambda x, get: x * (np.arange(x.shape[1]) != 2)[:, None]),
+        tap("kqv" + ANY, lambda x, get: x * (np.arange(x.shape[1]) != 2)[:, None]),
         "zeros",
     ),
-    _MIX("value-slots-one-late", tap("kqv" + _ANY, _late_values), "token-shift", "kv-cache"),
-    _SCORES("own-key-not-stored-yet", tap("kq" + _ANY, _own_key_stale), "kv-cache", "stale-row"),
+    _MIX("value-slots-one-late", tap("kqv" + ANY, _late_values), "token-shift", "kv-cache"),
+    _SCORES("own-key-not-stored-yet", tap("kq" + ANY, _own_key_stale), "kv-cache", "stale-row"),
     _GATE(
-        "gate-applied-twice", tap("attn_gated" + _ANY, lambda x, get: x * get("gate_sigmoid")), "double-gate"
+        "gate-applied-twice", tap("attn_gated" + ANY, lambda x, get: x * get("gate_sigmoid")), "double-gate"
     ),
     _OUT(
         "heads-minor-into-the-output", weights(r"attn_output\.weight", _minor), *_GENERAL, "input-permutation"
     ),
-    Place("attention", ("Qcur_reshaped", "Qcur_full"), ATT)(
+    Place("attention", ("Qcur_reshaped", "Qcur_full"), ("attention",))(
         "query-bias",
         function(
             "query_and_gate", lambda o, u: (o(u)[0] + 0.2 * np.cos(np.arange(u.shape[2] // 2)), o(u)[1])
@@ -299,7 +299,7 @@ UNSEEN: list[Fault] = [
     _SWIGLU(
         "swiglu-limited",
         tap(
-            "ffn_swiglu" + _ANY,
+            "ffn_swiglu" + ANY,
             lambda x, get: oracle.silu(np.minimum(get("ffn_gate"), 0.7)) * np.clip(get("ffn_up"), -0.7, 0.7),
         ),
         "saturation",
@@ -308,7 +308,7 @@ UNSEEN: list[Fault] = [
     _SWIGLU(
         "leaky-relu",
         tap(
-            "ffn_swiglu" + _ANY,
+            "ffn_swiglu" + ANY,
             lambda x, get: np.where(get("ffn_gate") > 0, 1, 0.01) * get("ffn_gate") * get("ffn_up"),
         ),
         "leaky-relu-for-silu",
@@ -326,13 +326,13 @@ UNSEEN: list[Fault] = [
         "channel-gain",
         layers="one",
     ),
-    _DOWN("odd-tokens-empty", tap("ffn_out" + _ANY, _rows(slice(1, None, 2), lambda x: 0 * x)), "zeros"),
+    _DOWN("odd-tokens-empty", tap("ffn_out" + ANY, _rows(slice(1, None, 2), lambda x: 0 * x)), "zeros"),
     _DOWN(
-        "a-buffer-of-64-tokens", tap("ffn_out" + _ANY, _buffer_of_64), "stale-row", "some-tokens", tokens=90
+        "a-buffer-of-64-tokens", tap("ffn_out" + ANY, _buffer_of_64), "stale-row", "some-tokens", tokens=90
     ),
     Place("ssm", ("attn_residual",))(
         "first-sum-in-bf16",
-        tap("attn_residual-0", lambda x, get: catalogue._bf16(x)),
+        tap("attn_residual-0", lambda x, get: changes.bf16(x)),
         "output-precision",
         layers="one",
     ),
@@ -361,7 +361,7 @@ UNSEEN: list[Fault] = [
     ),
     Place("head", ("result_output",))(
         "head-weights-in-fp8",
-        weights(r"^output\.weight", lambda w, *_: slips._significant(w, 4)),
+        weights(r"^output\.weight", lambda w, *_: kernels.significant(w, 4)),
         "weight-precision",
         "low-precision",
         layers="one",
@@ -376,14 +376,14 @@ UNSEEN: list[Fault] = [
     Place("moe", ("ffn_moe_weights_norm",))(
         "weights-over-their-sum-plus-one",
         tap(
-            "ffn_moe_weights_norm" + _ANY,
+            "ffn_moe_weights_norm" + ANY,
             lambda x, get: get("ffn_moe_weights")[..., 0] / (1 + get("ffn_moe_weights_sum")),
         ),
         "router",
         "token-gain",
     ),
     Place("moe", ("ffn_out",))(
-        "both-parts-halved", tap("ffn_out" + _ANY, lambda x, get: 0.5 * x), "gain", "missing-scale"
+        "both-parts-halved", tap("ffn_out" + ANY, lambda x, get: 0.5 * x), "gain", "missing-scale"
     ),
     Place("moe", ("ffn_moe_up",))(
         "up-experts-one-on-once",
@@ -397,7 +397,7 @@ UNSEEN: list[Fault] = [
     ),
     Place("moe", ("ffn_moe_weights_norm",))(
         "weights-of-the-token-before",
-        tap("ffn_moe_weights_norm" + _ANY, lambda x, get: np.concatenate([x[:1], x[:-1]])),
+        tap("ffn_moe_weights_norm" + ANY, lambda x, get: np.concatenate([x[:1], x[:-1]])),
         "token-shift",
         "stale-row",
         "router",

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from faults import catalogue, run
+from faults import catalogue, changes, run
 from faults.cases import changed, faulty, model, ours, reference, tokens
 from faults.dress import DRESSES
 
@@ -86,6 +86,6 @@ def test_a_large_head_is_multiplied_in_parts(monkeypatch, tmp_path):
 def test_a_head_that_is_the_table():
     """From the dumps alone: the prompt's own rows of the table are enough."""
     fault = next(f for f in catalogue.FAULTS if f.name == "head-tied")
-    with catalogue.apply(fault, model()) as broken:
+    with changes.apply(fault, model()) as broken:
         wrong = run.dump(broken, tokens(), 2)
     assert compare(wrong, reference())["cause"]["name"] == "wrong-weight"
