@@ -41,7 +41,7 @@ SKILLS = {
 
 # Name -> implementation, and the instruction set of its kernels.
 PATHS = {
-    **{isa: ("cpu", isa) for isa in ("generic", "avx2", "avx512", "amx")},
+    **{isa: ("cpu", isa) for isa in ("generic", "avx2", "avx512", "avx512vnni", "amx")},
     "fast": ("cpu-fast", ""),
     "portable": ("portable", ""),
 }

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--types", default="all", help="block formats, comma separated (default: all)")
     parser.add_argument("--rows", default="1,4,512", help="rows of activations (default: 1,4,512)")
-    parser.add_argument("--isa", default="", help="amx, avx512, avx2 or generic (default: the best one here)")
+    parser.add_argument(
+        "--isa", default="", help="amx, avx512vnni, avx512, avx2 or generic (default: the best one here)"
+    )
     parser.add_argument("--fast", action="store_true", help="activations of 8 bits")
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument("--repeat", type=int, default=7, help="repetitions (default: 7)")

@@ -1,10 +1,11 @@
 """C++ kernels behind the XLA foreign function interface: products with packed weights on a CPU.
 
 A peer of `ops.portable` behind `ops.matmul`: `unavailable()` and `qmatmul(x, w)`. Weights decode to the very
-f32 values of ggml's reference, activations stay f32, sums are f32; a result does not depend on the number
-of threads. The best instruction set of the machine is chosen at load;
-SCARLET_CPU_ISA=amx|avx512|avx2|generic forces one, and SCARLET_THREADS sets how many threads share the work
-(all cores by default).
+f32 values of ggml's reference, sums are f32; a result does not depend on the number of threads. Activations are
+f32, or, with AVX-512 VNNI, whole numbers of 24 bits with a scale for each sub-block of weights (`fixed.h`): as
+close to float64, and faster. The best instruction set of the machine is chosen at load;
+SCARLET_CPU_ISA=amx|avx512vnni|avx512|avx2|generic forces one, and SCARLET_THREADS sets how many threads share
+the work (all cores by default).
 
 `fast` (opt-in; as an implementation, `ops.cpu.fast`) rounds activations to 8 bits, a scale for each sub-block
 of weights (16 or 32 elements), where the processor has AVX-512 VNNI and rows are whole 256s of a quantised format;
@@ -62,7 +63,7 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: "amx", "avx512", "avx2" or "generic"."""
+    """The instruction set in use: "amx", "avx512vnni", "avx512", "avx2" or "generic"."""
     return _library().isa
 
 

@@ -295,7 +295,7 @@ constexpr MatrixUnit kUnit = {kRows, split_size, split, multiply, kScratch};
 
 const Kernels& kernels_amx() {
   static const Kernels table = [] {
-    Kernels k = kernels_avx512();
+    Kernels k = kernels_avx512vnni();
     k.isa = "amx";
     k.matrix = &kUnit;
     return k;

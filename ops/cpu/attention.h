@@ -281,5 +281,5 @@ static void attention_join(const Attention& a, int64_t b, int64_t token) {
   }
 }
 
-static const Mixers kMixers = {Simd::kName,       Simd::kWidth,      delta_net_scratch, delta_net_head,
+static const Mixers kMixers = {Simd::kWidth,      delta_net_scratch, delta_net_head,
                                attention_store,   attention_scratch, attention_part,    attention_join};

@@ -34,7 +34,7 @@ ISA_FLAGS = {
     for part in ("isa", "mixers")
     for isa, flags in (("generic", []), ("avx2", AVX2_FLAGS), ("avx512", AVX512_FLAGS))
 }
-ISA_FLAGS["fast_avx512vnni.cc"] = [*AVX512_FLAGS, "-mavx512vnni"]
+ISA_FLAGS["fixed_avx512vnni.cc"] = [*AVX512_FLAGS, "-mavx512vnni"]
 ISA_FLAGS["amx_bf16.cc"] = [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"]
 

@@ -11,17 +11,6 @@
 namespace scarlet {
 namespace {
 
-// The mixers of the instruction set in use.
-const Mixers& mixers(const Kernels& kernels) {
-#if defined(__x86_64__)
-  if (kernels.matrix != nullptr) return mixers_avx512();
-  for (const Mixers* m : {&mixers_avx512(), &mixers_avx2()}) {
-    if (std::strcmp(m->isa, kernels.isa) == 0) return *m;
-  }
-#endif
-  return mixers_generic();
-}
-
 std::string shape(std::initializer_list<int64_t> dims) {
   std::string text;
   for (int64_t d : dims) text += (text.empty() ? "" : ", ") + std::to_string(d);
@@ -99,7 +88,7 @@ ffi::Error delta_net(Buffer qkv, Buffer z, Buffer alpha, Buffer beta, Buffer con
     net.new_memory = new_memory.typed_data<float>();
     net.out = out.typed_data<float>();
 
-    const Mixers& m = mixers(kernels);
+    const Mixers& m = kernels.mixers();
     run_tasks(B * Hv, m.delta_net_scratch(net), [&](int64_t i, float* scratch) {
       const FlushSubnormals guard;  // a memory that nobody writes decays to nothing
       m.delta_net_head(net, i / Hv, i % Hv, scratch);
@@ -171,7 +160,7 @@ ffi::Error attention(Buffer q, Buffer k, Buffer v, Buffer q_norm, Buffer k_norm,
 
     // A few tokens read a long cache in parts, for all cores; many tokens are parts enough.
     constexpr int64_t kFewTokens = 8, kFewSlots = 256, kPartQueries = 32;
-    const Mixers& m = mixers(kernels);
+    const Mixers& m = kernels.mixers();
     const int64_t padded = (H + m.width - 1) / m.width * m.width;
     a.part_slots = T <= kFewTokens ? kFewSlots : std::max<int64_t>(1, used);
     a.parts = (used + a.part_slots - 1) / a.part_slots;

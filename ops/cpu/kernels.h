@@ -39,6 +39,9 @@ struct FewKernels {
   MultiplyFn multiply;
 };
 
+struct FixedKernels;
+struct Mixers;
+
 struct Kernels {
   const char* isa;
   DecodeFn decode[kTypeCount];
@@ -50,13 +53,16 @@ struct Kernels {
   void (*weighted_sum)(const float* rows, const float* shares, int64_t count, int64_t n, float* y);
   float (*sum_of_bytes)(const uint8_t* bytes, size_t n);       // reads all of them: a bandwidth probe
   double (*fma_chain)(int64_t iterations);                     // returns the flops it did: a peak probe
-  const MatrixUnit* matrix = nullptr;  // if not null, what takes many rows, of any type
+  const Mixers& (*mixers)();
+  const FixedKernels* fixed = nullptr;  // if not null, what takes the types and rows that it covers
+  const MatrixUnit* matrix = nullptr;   // if not null, what takes many rows, of any type
 };
 
 const Kernels& kernels_generic();
 #if defined(__x86_64__)
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_avx512vnni();
 const Kernels& kernels_amx();
 #endif
 

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "fast.h"
+#include "fixed.h"
 #include "team.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -53,10 +53,12 @@ const Kernels* choose(const char* wanted, std::string* error) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
 #endif
   const Choice choices[] = {
 #if defined(__x86_64__)
-      {"amx", avx512 && matrix_unit_granted(), kernels_amx},
+      {"amx", vnni && matrix_unit_granted(), kernels_amx},
+      {"avx512vnni", vnni, kernels_avx512vnni},
       {"avx512", avx512, kernels_avx512},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), kernels_avx2},
 #endif
@@ -123,8 +125,8 @@ Aligned<T> aligned(size_t count) {
 // Rows of x as kernels want them, made once for all the jobs of a call that want them so.
 class PreparedRows {
  public:
-  const float* row(const FewKernels& few, QType type, const float* x, int64_t elements) {
-    const auto [at, missing] = rows_.try_emplace({type, x, elements});
+  const float* row(const FewKernels& few, const float* x, int64_t elements) {
+    const auto [at, missing] = rows_.try_emplace({few.prepare, x, elements});
     if (missing) {
       at->second = aligned<float>(few.prepared_floats(elements));
       few.prepare(x, elements, at->second.get());
@@ -132,54 +134,55 @@ class PreparedRows {
     return at->second.get();
   }
 
-  const uint8_t* rounded(const FastKernels& fast, QType type, const Product& p) {
+  const uint8_t* rounded(const FixedKernels& fixed, QType type, int planes, const Product& p) {
     std::vector<const float*> x(p.x, p.x + p.count);
-    const auto [at, missing] = rounded_.try_emplace({type, p.elements, std::move(x)});
+    const auto [at, missing] = rounded_.try_emplace({type, planes, p.elements, std::move(x)});
     if (missing) {
-      const size_t stride = fast.rounded_bytes(type, p.elements);
-      at->second = aligned<uint8_t>(p.count * stride);
+      at->second = aligned<uint8_t>(p.count * fixed.rounded_bytes(type, planes, p.elements));
       run_tasks(p.count, 0, [&, to = at->second.get()](int64_t m, float*) {
-        fast.round(type, p.x[m], p.elements, to + m * stride);
+        fixed.round(type, planes, p.x[m], p.elements, m, p.count, to);
       });
     }
     return at->second.get();
   }
 
  private:
-  std::map<std::tuple<QType, const float*, int64_t>, Aligned<float>> rows_;
-  std::map<std::tuple<QType, int64_t, std::vector<const float*>>, Aligned<uint8_t>> rounded_;
+  std::map<std::tuple<PrepareFn, const float*, int64_t>, Aligned<float>> rows_;
+  std::map<std::tuple<QType, int, int64_t, std::vector<const float*>>, Aligned<uint8_t>> rounded_;
 };
 
 // A job whose rows of x are in the form that its kernels want: as they are, in another order, split into
-// bf16, or rounded.
+// bf16, or in whole numbers.
 struct Ready {
   QType type;
   Product product;
-  FewKernels few{};  // if count <= kFewRows
-  const FastKernels* fast = nullptr;
-  const uint8_t* rounded = nullptr;  // if fast
-  const MatrixUnit* matrix = nullptr;
-  SplitRows split{};  // if matrix
+  FewKernels few{};                     // if count <= kFewRows
+  const MatrixUnit* matrix = nullptr;   // else, what takes the job, if not kernels.multiply_many
+  const FixedKernels* fixed = nullptr;
+  SplitRows split{};                    // if matrix
+  int planes = 0;                       // if fixed
+  const uint8_t* rounded = nullptr;
 
   Ready(const Kernels& kernels, const Job& job, PreparedRows* rows) : type(job.type), product(job.product) {
-    const FastKernels* offered = job.fast ? fast_kernels() : nullptr;
+    const FixedKernels* offered = kernels.fixed;
     if (offered != nullptr && !offered->covers(type, product.elements)) offered = nullptr;
+    planes = job.fast ? kFastPlanes : kExactPlanes;
     if (product.count == 0) return;
     if (product.count <= kFewRows) {
-      few = offered != nullptr ? offered->few(type) : kernels.few[static_cast<int>(type)];
+      few = offered != nullptr ? offered->few(type, planes) : kernels.few[static_cast<int>(type)];
       if (few.prepare != nullptr) reorder(rows);
     } else if (kernels.matrix != nullptr) {
       split_terms(*kernels.matrix, job.fast ? 2 : 3);
     } else if (offered != nullptr) {
-      fast = offered;
-      rounded = rows->rounded(*offered, type, product);
+      fixed = offered;
+      rounded = rows->rounded(*offered, type, planes, product);
     }
   }
 
   int64_t step() const {  // rows of weights that a task takes
     // Enough to amortise taking one, and few enough to even out what the threads finish: for few rows of x
     // a stretch of memory, for many a tile of the matrix product.
-    if (fast != nullptr) return kFastTileRows;
+    if (fixed != nullptr) return kFixedTileRows;
     if (matrix != nullptr) return matrix->tile_rows;
     if (product.count > kFewRows) return kTileRows;
     // Each stretch begins with memory that nothing asked for early: the fewer the better, but eight a thread.
@@ -188,13 +191,13 @@ struct Ready {
   }
   size_t scratch_floats(const Kernels& kernels) const {
     if (matrix != nullptr) return matrix->scratch_floats;
-    return fast != nullptr ? fast->scratch_floats : kernels.scratch_floats;
+    return fixed != nullptr ? fixed->scratch_floats : kernels.scratch_floats;
   }
 
  private:
   void reorder(PreparedRows* rows) {
     for (int64_t m = 0; m < product.count; m++) {
-      x_.push_back(rows->row(few, type, product.x[m], product.elements));
+      x_.push_back(rows->row(few, product.x[m], product.elements));
     }
     product.x = x_.data();
   }
@@ -229,7 +232,7 @@ void multiply(const Kernels& kernels, const Part& part, float* const* y, float* 
   p.w += part.first * static_cast<int64_t>(row_bytes(job.type, p.elements));
   p.rows = part.end - part.first;
   p.y = y;
-  if (job.fast != nullptr) return job.fast->multiply(job.type, p, job.rounded, scratch);
+  if (job.fixed != nullptr) return job.fixed->multiply(job.type, job.planes, p, job.rounded, scratch);
   if (job.matrix != nullptr) return job.matrix->multiply(kernels, job.type, p, job.split, scratch);
   (p.count <= kFewRows ? job.few.multiply : kernels.multiply_many[static_cast<int>(job.type)])(p, scratch);
 }
@@ -242,14 +245,6 @@ std::vector<float*> results(const Part& part) {
 }
 
 }  // namespace
-
-const FastKernels* fast_kernels() {
-#if defined(__x86_64__)
-  static const bool runs_here = __builtin_cpu_supports("avx512vnni");
-  if (runs_here && std::strcmp(kernels().isa, "avx512") == 0) return &fast_kernels_avx512vnni();
-#endif
-  return nullptr;
-}
 
 void multiply_all(const Kernels& kernels, const std::vector<Job>& given) {
   PreparedRows rows;
@@ -336,10 +331,10 @@ const char* scarlet_set_isa(const char* name, char* error, size_t size) {
 
 // Whether the fast mode covers the type of that name here.
 bool scarlet_rounds(const char* name) {
-  const scarlet::FastKernels* fast = scarlet::fast_kernels();
+  const scarlet::Kernels& kernels = scarlet::kernels();
   scarlet::QType type;
   if (!scarlet::type_by_name(name, std::strlen(name), &type)) return false;
-  return scarlet::kernels().matrix != nullptr || (fast != nullptr && fast->covers(type, 256));
+  return kernels.matrix != nullptr || (kernels.fixed != nullptr && kernels.fixed->covers(type, 256));
 }
 
 void scarlet_set_threads(int threads) { scarlet::set_threads(threads); }

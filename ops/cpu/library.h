@@ -22,7 +22,7 @@ void decode_all(const Kernels& kernels, QType type, const uint8_t* blocks, float
 struct Job {
   QType type;
   Product product;
-  bool fast = false;  // x may be rounded, where fast.h covers the type and the length of a row
+  bool fast = false;  // x may be rounded, where fixed.h covers the type and the length of a row
 };
 void multiply_all(const Kernels& kernels, const std::vector<Job>& jobs);
 

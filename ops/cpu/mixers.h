@@ -56,7 +56,6 @@ struct Attention {
 };
 
 struct Mixers {
-  const char* isa;
   int width;  // floats of a vector: what "padded" rounds up to
   size_t (*delta_net_scratch)(const DeltaNet& net);  // floats, for the next
   void (*delta_net_head)(const DeltaNet& net, int64_t b, int64_t head, float* scratch);

@@ -704,14 +704,35 @@ static SCARLET_INLINE void dot_blocks(const uint8_t* const* b, const float* cons
   }
 }
 
+// --- rows of weights, one after another -------------------------------------------------------------
+
+// A Way of multiplying says: Type, of the weights; kPrepared, the floats of 256 prepared elements; kAbreast,
+// the rows of weights that it multiplies at a time by several rows of x;
+// `dot(b, x, sums)`, which adds a block of R rows times M; and `rest`, the same for what is left of rows.
+template <class B, class T>
+struct InFloats {
+  using Type = T;
+  static constexpr int kPrepared = planar::kPrepared, kAbreast = 1;
+
+  template <int R, int M>
+  static SCARLET_INLINE void dot(const uint8_t* const* b, const float* const* x, Sums<R, M>& sums) {
+    dot_blocks<T>(b, x, sums);
+  }
+  template <int R, int M>
+  static SCARLET_INLINE void rest(const uint8_t** b, const float** x, int64_t elements, Sums<R, M>& sums) {
+    if constexpr (B::kElements < kElements) dot_rows<B, R, M>(b, x, elements, sums);
+  }
+};
+
 // Bytes from the block being multiplied to the one being asked for: rows follow one another in memory.
 constexpr int kAhead = 8192;
 
 // One row of x times T::kAbreast rows of weights at a time.
-template <class B, class T>
+template <class Way>
 static void multiply_one(const Product& p) {
+  using T = typename Way::Type;
   constexpr int R = T::kAbreast;
-  const int64_t stride = p.elements * B::kBytes / B::kElements;
+  const int64_t stride = p.elements * T::kBytes / kElements;
   const int64_t blocks = p.elements / kElements;
   for (int64_t row = 0; row < p.rows; row += R) {
     const auto nth = [&](int r) { return row + r < p.rows ? row + r : p.rows - 1; };  // as in multiply_rows
@@ -721,63 +742,67 @@ static void multiply_one(const Product& p) {
     Sums<R, 1> sums;
     for (int64_t i = 0; i < blocks; i++) {
       for (int r = 0; r < R; r++) prefetch_block<T>(w[r] + kAhead);
-      dot_blocks<T>(w, x, sums);
+      Way::template dot<R, 1>(w, x, sums);
       SCARLET_UNROLL for (int r = 0; r < R; r++) w[r] += T::kBytes;
-      x[0] += kPrepared;
+      x[0] += Way::kPrepared;
     }
-    if constexpr (B::kElements < kElements) {
-      dot_rows<B, R, 1>(w, x, p.elements - blocks * kElements, sums);
-    }
+    Way::template rest<R, 1>(w, x, p.elements - blocks * kElements, sums);
     SCARLET_UNROLL for (int r = 0; r < R; r++) p.y[0][nth(r)] = sums.total(r, 0);
   }
 }
 
-// Several rows of x may not fit in the first level of cache whole. Then a stretch of them that does (28 KiB)
-// is multiplied by kGroup rows of weights before the next one, with the rows' sums set aside meanwhile: the
-// same additions in the same order.
-template <int M>
-static constexpr int64_t kStretch = 28 * 1024 / (M * kPrepared * 4);
+// Several rows of x may not fit in the first level of cache whole. Then a stretch of them that does (16 KiB)
+// is multiplied by kGroup rows of weights, Way::kAbreast at a time, before the next one, with the rows' sums set
+// aside meanwhile: the same additions in the same order.
+template <class Way, int M>
+static constexpr int64_t kStretch = 16 * 1024 / (M * Way::kPrepared * 4);
 constexpr int kGroup = 16, kRowsAhead = 4;  // and how many rows ahead weights are asked for
 
-template <class B, class T, int M>
+template <class Way, int M>
 static void multiply_group(const Product& p, int64_t row, int64_t rows) {
-  const int64_t stride = p.elements * B::kBytes / B::kElements;
+  using T = typename Way::Type;
+  constexpr int R = Way::kAbreast;
+  const int64_t stride = p.elements * T::kBytes / kElements;
   const int64_t blocks = p.elements / kElements;
   const auto nth = [&](int m) { return m < p.count ? m : p.count - 1; };  // as in multiply_rows
-  Sums<1, M> sums[kGroup];
-  for (int64_t from = 0; from == 0 || from < blocks; from += kStretch<M>) {
-    const int64_t end = blocks - from < kStretch<M> ? blocks : from + kStretch<M>;
-    for (int64_t r = 0; r < rows; r++) {
-      const uint8_t* w[1] = {p.w + (row + r) * stride + from * T::kBytes};
+  const auto nth_row = [&](int64_t r) { return row + (r < rows ? r : rows - 1); };
+  Sums<R, M> sums[kGroup / R];
+  for (int64_t from = 0; from == 0 || from < blocks; from += kStretch<Way, M>) {
+    const int64_t end = blocks - from < kStretch<Way, M> ? blocks : from + kStretch<Way, M>;
+    for (int64_t first = 0; first < rows; first += R) {
+      const uint8_t* w[R];
       const float* x[M];
-      for (int m = 0; m < M; m++) x[m] = p.x[nth(m)] + from * kPrepared;
-      Sums<1, M> own = sums[r];
+      for (int r = 0; r < R; r++) w[r] = p.w + nth_row(first + r) * stride + from * T::kBytes;
+      for (int m = 0; m < M; m++) x[m] = p.x[nth(m)] + from * Way::kPrepared;
+      Sums<R, M> own = sums[first / R];
       for (int64_t i = from; i < end; i++) {
-        prefetch_block<T>(w[0] + kRowsAhead * stride);
-        dot_blocks<T>(w, x, own);
-        w[0] += T::kBytes;
-        SCARLET_UNROLL for (int m = 0; m < M; m++) x[m] += kPrepared;
+        SCARLET_UNROLL for (int r = 0; r < R; r++) prefetch_block<T>(w[r] + kRowsAhead * stride);
+        Way::template dot<R, M>(w, x, own);
+        SCARLET_UNROLL for (int r = 0; r < R; r++) w[r] += T::kBytes;
+        SCARLET_UNROLL for (int m = 0; m < M; m++) x[m] += Way::kPrepared;
       }
-      sums[r] = own;
+      sums[first / R] = own;
       if (end < blocks) continue;
-      if constexpr (B::kElements < kElements) dot_rows<B, 1, M>(w, x, p.elements - end * kElements, own);
-      SCARLET_UNROLL for (int m = 0; m < M; m++) p.y[nth(m)][row + r] = own.total(0, m);
+      Way::template rest<R, M>(w, x, p.elements - end * kElements, own);
+      SCARLET_UNROLL for (int r = 0; r < R; r++) {
+        SCARLET_UNROLL for (int m = 0; m < M; m++) p.y[nth(m)][nth_row(first + r)] = own.total(r, m);
+      }
     }
   }
 }
 
-template <class B, class T, int M>
+template <class Way, int M>
 static void multiply_rows(const Product& p) {
   for (int64_t row = 0; row < p.rows; row += kGroup) {
-    multiply_group<B, T, M>(p, row, p.rows - row < kGroup ? p.rows - row : kGroup);
+    multiply_group<Way, M>(p, row, p.rows - row < kGroup ? p.rows - row : kGroup);
   }
 }
 
-template <class B, class T>
+template <class Way>
 static void multiply_few(const Product& p, float*) {
-  if (p.count == 1) return multiply_one<B, T>(p);
-  if (p.count == 2) return multiply_rows<B, T, 2>(p);
-  multiply_rows<B, T, 4>(p);
+  if (p.count == 1) return multiply_one<Way>(p);
+  if (p.count == 2) return multiply_rows<Way, 2>(p);
+  multiply_rows<Way, 4>(p);
 }
 
 }  // namespace planar
@@ -785,8 +810,8 @@ static void multiply_few(const Product& p, float*) {
 #define SCARLET_PLANAR(name, elements, bytes)                             \
   template <>                                                             \
   struct Few<Block<name, elements, bytes>> {                              \
-    static constexpr MultiplyFn kMultiply =                               \
-        planar::multiply_few<Block<name, elements, bytes>, planar::name>; \
+    using Way = planar::InFloats<Block<name, elements, bytes>, planar::name>; \
+    static constexpr MultiplyFn kMultiply = planar::multiply_few<Way>;    \
     static constexpr PrepareFn kPrepare = planar::prepare<planar::name>;  \
   };
 SCARLET_PLANAR(Q4_K, 256, 144)

@@ -1,4 +1,5 @@
-// The table of an instruction set's kernels. Included last, inside its namespace.
+// The table of an instruction set's kernels. Included last, inside its namespace, after
+// kMixersHere, the function that gives the instruction set's token mixers.
 #pragma once
 
 static const Kernels kKernels = {
@@ -19,4 +20,5 @@ static const Kernels kKernels = {
     weighted_sum,
     sum_of_bytes,
     fma_chain,
+    kMixersHere,
 };

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import models
 import numpy as np
 import oracle
-from faults import catalogue, run, tiny
+from faults import changes, run, tiny
 from faults.dress import DRESSES
 
 from scarlet_jax.tools.parity import Dump, compare
@@ -72,7 +72,7 @@ def computed(activations: Rounding, weights: Rounding, taps: Rounding | None = N
             stack.callback(setattr, oracle.Model, "linear", original)
             oracle.Model.linear = lambda *args: linear(original, *args)
             if taps is not None:
-                stored = catalogue.tap(".*", lambda x, _: taps(x) if x.dtype.kind == "f" else x)
+                stored = changes.tap(".*", lambda x, _: taps(x) if x.dtype.kind == "f" else x)
                 stack.enter_context(stored(model))
             return dataclasses.replace(dump(model, tokens), engine="other", format="npz")
 

@@ -44,7 +44,7 @@ every_type = pytest.mark.parametrize("qtype", QTYPES)
 every_packed_type = pytest.mark.parametrize("qtype", PACKED)
 
 
-@pytest.fixture(autouse=True, params=["amx", "avx512", "avx2", "generic"])
+@pytest.fixture(autouse=True, params=["amx", "avx512vnni", "avx512", "avx2", "generic"])
 def isa(request):
     try:
         cpu.set_isa(request.param)
@@ -117,10 +117,10 @@ def test_product(qtype, count):
 
 
 @pytest.mark.parametrize("qtype", ["Q4_K", "Q8_0", "F16"])
-@pytest.mark.parametrize("count", [1, 4, 9, 300])
+@pytest.mark.parametrize("count", [1, 4, 9, 531])
 @pytest.mark.parametrize("out", [1, 97, 205])
 def test_product_beyond_every_tile(qtype, count, out):
-    rows = make_rows(qtype, out, blocks=15)
+    rows = make_rows(qtype, out, blocks=15 if qtype == "Q4_K" else 48)
     w = QTensor(rows, qtype)
     x = np.abs(activations(count, w.shape[1])) * np.sign(values_of(qtype, rows)[0]).astype(np.float32)
     assert relative_l2(cpu.qmatmul(x, w), product(x, qtype, rows)) <= TOLERANCE
@@ -141,14 +141,15 @@ def test_float_rows_of_any_length(qtype, elements, count):
     )
 
 
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 12])
 @every_packed_type
-def test_adversarial_blocks(qtype, count):
+def test_adversarial_blocks(qtype, count, ragged):
     """Scales, mins and quants at their extremes, and activations of very different sizes."""
     size = block_size(qtype)[1]
     rng = np.random.default_rng(7)
-    count = 1024 // block_size(qtype)[0] + (block_size(qtype)[0] < 256)
-    rows = rng.choice(np.array([0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F], np.uint8), (9, count * size))
+    blocks = 1024 // block_size(qtype)[0] + ragged * (block_size(qtype)[0] < 256)
+    rows = rng.choice(np.array([0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F], np.uint8), (9, blocks * size))
     rows = with_scale(qtype, rows.reshape(-1, size)).reshape(9, -1)
     w = QTensor(rows, qtype)
     x = activations(count, w.shape[1]) * (10.0 ** rng.integers(-6, 6, w.shape[1])).astype(np.float32)
@@ -337,6 +338,29 @@ ROUNDED_BY = dict.fromkeys(["Q2_K", "Q3_K", "Q6_K", "IQ1_M", "IQ2_XS", "IQ2_S", 
 ROUNDED_BY["TQ1_0"] = 256
 
 
+NOT_OF_BYTES = ("Q1_0", "Q2_0")  # whose quants do not come a byte each
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+@every_packed_type
+def test_exact_mode_keeps_what_f32_keeps_of_the_largest(qtype, count):
+    """Beside an activation a million times as large, the small ones of its 32 keep their upper bits.
+
+    Products in fixed point round x to 2^-23 of the largest of those that share a scale, or better: about an
+    f32's last bit of the largest, and for one as small as this no more than the sum in f32 would keep.
+    """
+    rows = whole_rows(qtype, out=21, blocks=3)
+    x = activations(count, 768)
+    x[:, ::32] *= 2.0**20
+    apart = np.abs(x).reshape(count, -1, ROUNDED_BY.get(qtype, 32)).max(-1, keepdims=True)
+    most = np.broadcast_to(apart, (*apart.shape[:-1], ROUNDED_BY.get(qtype, 32))).reshape(x.shape)
+    values = values_of(qtype, rows)
+    error = np.abs(cpu.qmatmul(x, QTensor(rows, qtype)) - product(x, qtype, rows))
+    # The second term: f32 sums, of terms that the largest dominate.
+    bound = 2.0**-23 * (most @ np.abs(values).T) + 2.0**-21 * (np.abs(x) @ np.abs(values).T)
+    assert (error <= bound).all()
+
+
 def rounded(x: np.ndarray, size: int) -> np.ndarray:
     """Each `size` elements as whole multiples of a 127th of their largest: f32 -> float64."""
     groups = x.reshape(len(x), -1, size)
@@ -367,13 +391,13 @@ def test_fast(qtype, count, isa):
     exact = cpu.qmatmul(x, w)
     if isa == "amx" and count > 4:
         assert relative_l2(fast, product(x, qtype, rows)) <= AMX_FAST_TOLERANCE
-    elif isa == "avx512" and cpu.rounds(qtype):
+    elif isa in ("amx", "avx512vnni") and qtype not in NOT_OF_BYTES:
         seen = rounded(x, ROUNDED_BY.get(qtype, 32))
         assert relative_l2(fast, seen @ values_of(qtype, rows).T) <= TOLERANCE
         assert 1e-4 < relative_l2(fast, np.float64(exact)) < 1e-2
     else:
         np.testing.assert_array_equal(fast, exact)
-    assert cpu.rounds(qtype) <= (isa in ("amx", "avx512"))
+    assert cpu.rounds(qtype) == (isa == "amx" or (isa == "avx512vnni" and qtype not in NOT_OF_BYTES))
 
 
 def test_fast_rows_do_not_depend_on_those_beside(isa):

@@ -22,7 +22,7 @@ TOLERANCE = 2e-6
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True, params=["amx", "avx512", "avx2", "generic"])
+@pytest.fixture(autouse=True, params=["amx", "avx512vnni", "avx512", "avx2", "generic"])
 def isa(request):
     try:
         cpu.set_isa(request.param)

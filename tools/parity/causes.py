@@ -18,7 +18,7 @@ import numpy as np
 from scarlet_jax.tools.parity import bits, graph, guess, operands, own, structure, swaps
 from scarlet_jax.tools.parity import guess_mixers as _guess_mixers  # noqa: F401 - registers its guesses
 from scarlet_jax.tools.parity.case import PLACES, Case, Hypothesis
-from scarlet_jax.tools.parity.local import Pair, judge
+from scarlet_jax.tools.parity.local import Pair, judge_whole, some_tokens
 from scarlet_jax.tools.parity.verdict import Tap, family
 
 ENOUGH = 0.90  # held-out share of the residual's energy that a hypothesis must explain
@@ -54,6 +54,7 @@ def _rank(found: Hypothesis) -> tuple[bool, int]:
 
 def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
     with np.errstate(all="ignore"):
+        pair = some_tokens(pair, graph.find(tap.op, tap.kind), tap.name, _first_wrong(tap))
         case = _case(pair, tap)
     if tap.metrics.not_finite[0]:
         return _not_finite(case)
@@ -70,6 +71,12 @@ def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
     if best is None or best.name in PLACES:
         return _best(structure.hypotheses(case, pair, Hypothesis, structure.LAST)) or best
     return best
+
+
+def _first_wrong(tap: Tap) -> int:
+    """The first token whose divergence is of the order of the worst one's."""
+    curve = tap.local.tokens if tap.local else tap.metrics.tokens
+    return int(np.argmax(curve > 0.1 * np.max(curve, initial=0.0))) if len(curve) else 0
 
 
 def _in_part(case: Case, pair: Pair) -> Iterator[Hypothesis]:
@@ -99,7 +106,7 @@ def _case(pair: Pair, tap: Tap) -> Case:
     op = graph.find(tap.op, tap.kind)
     if tap.own:
         return _own_case(pair, tap, op)
-    tap = dataclasses.replace(tap, local=judge(pair, op, tap.layer, tap.kind, tap.name))
+    tap = dataclasses.replace(tap, local=judge_whole(pair, op, tap.layer, tap.kind, tap.name))
     if any(pair.sampled):
         return _sampled_case(pair, tap, op)
     ours = np.asarray(pair.ours.taps[tap.name], np.float64)

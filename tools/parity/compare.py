@@ -28,10 +28,11 @@ from scarlet_jax.tools.parity import (
 from scarlet_jax.tools.parity.dump import Dump
 from scarlet_jax.tools.parity.logs import Sampled
 from scarlet_jax.tools.parity.readers import read
-from scarlet_jax.tools.parity.view import Run, Window, residual_stream
+from scarlet_jax.tools.parity.view import Run, residual_stream
 
-# Elements of a tap that are re-run in float64: a second or two a layer, whatever the size of the dumps.
-WINDOW = 1 << 21
+# Elements of a tap that are re-run in float64: half a second a layer, whatever the size of the dumps. And tokens
+# at least: a chunk of the delta rule with some of the next.
+WINDOW, TOKENS = 1 << 20, 80
 
 Source = Dump | str | os.PathLike[str]
 
@@ -165,20 +166,17 @@ class Comparison:
             self.alignment.only_reference.append(name)
 
     def _kind(self, layer: int) -> str:
-        recurrent = (
-            "linear_attn_qkv_mixed",
-            "conv_output_silu",
-            "linear_attn_out",
-            "final_output",
-            "new_state",
-            "z",
-        )
-        dumps = (self.ours, self.reference)
-        mixer = "ssm" if any(f"{op}-{layer}" in dump for op in recurrent for dump in dumps) else "attention"
-        if self.weights is not None and (layer, "ssm_out") in self.weights:
-            mixer = "ssm"
-        experts = any(f"{op}-{layer}" in dump for op in ("ffn_moe_logits", "ffn_moe_out") for dump in dumps)
-        return f"{mixer} moe" if experts else mixer
+        """What a layer is: its mixers, and whether it has experts; "attention parallel" has both mixers at once."""
+        recurrent = self._shows(layer, _RECURRENT, "ssm_out")
+        attention = self._shows(layer, _ATTENTION, "attn_output")
+        mixer = "attention parallel" if recurrent and attention else "ssm" if recurrent else "attention"
+        return f"{mixer} moe" if self._shows(layer, ("ffn_moe_logits", "ffn_moe_out"), "") else mixer
+
+    def _shows(self, layer: int, ops: Sequence[str], weight: str) -> bool:
+        """Whether one of a layer's taps is of these operations, or the model has this weight there."""
+        if self.weights is not None and (layer, weight) in self.weights:
+            return True
+        return any(f"{op}-{layer}" in dump for op in ops for dump in (self.ours, self.reference))
 
     def _measure(self) -> None:
         for name, match in self.alignment.matches.items():
@@ -221,25 +219,14 @@ class Comparison:
         widths = [t.metrics.size // tokens for t in self.taps if tokens and len(t.metrics.tokens) == tokens]
         if not widths or tokens * max(widths) <= WINDOW:
             return
-        count = min(tokens, max(32, WINDOW // max(widths)))
+        count = min(tokens, max(TOKENS, WINDOW // max(widths)))
         if count >= tokens:
             return
         start = verdict.onset(self.taps, tokens, count)
-        rows = slice(start, start + count)
         self.notes.append(
             f"large dumps: operations re-run on tokens {start} to {start + count - 1} of {tokens}"
         )
-        known = dataclasses.replace(
-            self.pair.reference.facts,
-            kept=(start, start + count),
-            cut=self.pair.reference.facts.cut or start > 0,
-            first_position=self.pair.reference.facts.first_position + start,
-        )
-        for side in ("ours", "reference"):
-            run = getattr(self.pair, side)
-            setattr(
-                self.pair, side, dataclasses.replace(run, taps=Window(run.taps, tokens, rows), facts=known)
-            )
+        self.pair = local.windowed(self.pair, tokens, start, count)
         self.narrowed = True
 
     def _judge(self) -> None:
@@ -293,6 +280,12 @@ class Comparison:
             "notes": self.notes + [f"{t.name}: {t.note}" for t in self.taps if t.note],
         }
 
+
+_RECURRENT = (
+    *("linear_attn_qkv_mixed", "conv_output_silu", "linear_attn_out", "final_output", "new_state", "z"),
+    *("ssm_conv", "ssm_in", "ssm_in_proj", "mamba_out", "conv_in_proj", "conv_out_proj"),
+)
+_ATTENTION = ("Kcur", "Kcur_normed", "Qcur", "Vcur", "kq", "attn_pregate")
 
 # What a run starts from; where it ends up, both runs share.
 _STATES = ("state_predelta", "conv_states", "conv_states_reshaped", "conv_input")
@@ -384,18 +377,19 @@ def _json_float(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+# Words in the names of taps that no operation describes -> the class; the first that occurs.
+_WORDS = {
+    **{"moe": "moe", "exp": "moe", "ffn": "ffn", "embd": "embedding"},
+    **dict.fromkeys(("mamba", "ssm", "conv", "dt_", "memory", "history"), "ssm"),
+    **{"norm": "norm"},
+    **dict.fromkeys(("cur", "kq", "attn"), "attention"),
+}
+
+
 def _guess_class(op: str, kind: str) -> str:
-    for word, klass in (
-        ("moe", "moe"),
-        ("exp", "moe"),
-        ("ffn", "ffn"),
-        ("norm", "norm"),
-        ("embd", "embedding"),
-    ):
-        if word in op:
-            return klass
     mixer = kind.split()[0]
-    return mixer if mixer in ("ssm", "attention") else "head"
+    other = mixer if mixer in ("ssm", "attention") else "head"
+    return next((klass for word, klass in _WORDS.items() if word in op.lower()), other)
 
 
 def _nothing_shared(ours: Dump, reference: Dump) -> str:

@@ -97,6 +97,8 @@ def from_shapes(dump: Dump) -> dict[str, Any]:
             known |= {key: int(shape[axis]) for key, axis in _SHAPES[op].items()}
         elif op == "conv_states_reshaped" and len(shape) == 2:
             known["conv_kernel"] = int(shape[0]) + 1
+        elif op == "ffn_moe_topk" and len(shape) == 2:
+            known["experts_used"] = int(shape[1])
     return known
 
 
@@ -109,6 +111,7 @@ _SHAPES = {
     "Qcur": {"head_dim": 2},
     "Qcur_normed": {"head_dim": 2},
     "conv_states_reshaped": {"conv_kernel": 0},
+    "ffn_moe_topk": {"experts_used": 1},
 }
 
 

@@ -19,6 +19,8 @@ from scarlet_jax.tools.parity.view import Arithmetic
 _CACHES = (*KV_ROUNDING, *(f"{kind}, stored" for kind in KV_ROUNDING))
 # What shows how keys and values are kept: attention itself, or the nearest that was dumped.
 _ATTENDED = (("kq", "kqv", "attn_pregate"), ("attn_gated",), ("attn_output",), ("attn_residual",), ("l_out",))
+_STEP_F16 = 2.0**-24  # between numbers below 2^-14
+_FIRST = 16  # products looked at for how far two engines' differ
 _SAMPLED = 10  # operations looked at for each kind of rounding
 _EXPLAINED = 0.5  # share of the residual's norm that may be left
 _LIKE = (0.3, 3.0)  # a residual of this many times a rounding's own effect is of its size
@@ -40,9 +42,16 @@ def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump], only_ours:
     few = shown[:: max(1, len(shown) // 24)]
     if not any(pair.sampled):
         pair.grain = (grain(pair.ours.taps, few), grain(pair.reference.taps, few))
+        # Below its normal numbers, half precision has a fixed step.
+        pair.resolution = tuple(
+            max(known, _STEP_F16 / 2 if grain == 2.0**-12 else 0.0)
+            for known, grain in zip(pair.resolution, pair.grain, strict=True)
+        )
     places = [Place(t.name, t.op, t.layer, t.kind) for t in taps]
     own = [*places, *_places(only_ours, pair.ours.kinds)]
     pair.arithmetic = (_arithmetic(pair, 0, own), _arithmetic(pair, 1, places))
+    if pair.ours.given is None and not any(pair.sampled):
+        pair.unit = _difference(pair, [p for p in places if (op := _op(p)) is not None and op.linear])
     pair.may_round = tuple(
         arithmetic.matmul == "partner" or not dump.engine or "llama" in dump.engine.lower()
         for arithmetic, dump in zip(pair.arithmetic, dumps, strict=True)
@@ -66,13 +75,16 @@ def _arithmetic(pair: local.Pair, side: int, places: Sequence[Place]) -> Arithme
         whole = pair.whole[side]
         pair = dataclasses.replace(pair, ours=whole, reference=whole)
     products = [p for p in places if _op(p) is not None and _op(p).linear]
-    attending = [p for p in places if p.kind.startswith("attention")]
+    attending = [p for p in places if "attention" in p.kind.split()]
     groups = ([p for p in attending if p.op in ops] for ops in _ATTENDED)
     attended = next((group for group in groups if group), [])
-    matmul, loose = _best(pair, side, products, [Arithmetic(matmul=m) for m in ("partner", "bf16", "tf32")])
-    kv, loose_kv = _best(pair, side, attended, [Arithmetic(kv=k) for k in _CACHES])
-    names = tuple(name for name, is_loose in (("matmul", loose), ("kv", loose_kv)) if is_loose)
-    return Arithmetic(matmul.matmul, kv.kv, names)
+    matmul = _best(pair, side, products, [Arithmetic(matmul=m) for m in ("partner", "bf16", "f16", "tf32")])
+    kv = _best(pair, side, attended, [Arithmetic(kv=k) for k in _CACHES])
+    loose = kv is None
+    if loose:
+        kv = _of_its_size(pair, side, attended, [Arithmetic(kv=k) for k in _CACHES])
+    unit = _unit(pair, side, products) if matmul is None else 0.0
+    return Arithmetic(matmul.matmul if matmul else "", kv.kv, loose and bool(kv.kv), unit)
 
 
 def _op(tap) -> graph.Op | None:
@@ -80,9 +92,12 @@ def _op(tap) -> graph.Op | None:
 
 
 def grain(taps: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
-    """The relative rounding that every value shows: of bf16 or f16 where all of them are such numbers, else f32's."""
+    """The relative rounding that values show: of bf16 or f16 where most taps hold such numbers, else f32's.
+
+    An engine that computes in 16 bits keeps some things in f32: states, a router's scores.
+    """
     for rounding, unit in ((bf16, 2.0**-9), (f16, 2.0**-12)):
-        if names and all(_is_rounded(taps[name], rounding) for name in names):
+        if names and sum(_is_rounded(taps[name], rounding) for name in names) > 0.6 * len(names):
             return unit
     return local.EPS32
 
@@ -106,28 +121,89 @@ class _Fit:
     even: bool
 
 
-def _best(
+def _all_fits(
     pair: local.Pair, side: int, taps: Sequence, candidates: Sequence[Arithmetic]
-) -> tuple[Arithmetic, bool]:
-    """The candidate that explains most, else one whose size and evenness fit (True), else exact arithmetic."""
+) -> dict[Arithmetic, list[_Fit]]:
+    """Each candidate on some of the taps; candidates that fit nowhere are left out, and so are exact taps."""
     step = max(1, len(taps) // _SAMPLED)
     fits: dict[Arithmetic, list[_Fit]] = {c: [] for c in candidates}
     for tap in taps[::step][: _SAMPLED + 1]:
         for candidate, fit in _fits(pair, side, tap, candidates).items():
             fits[candidate].append(fit)
-    fits = {c: f for c, f in fits.items() if f}
-    if not fits:
-        return Arithmetic(), False
-    left = {c: float(np.median([fit.left for fit in f])) for c, f in fits.items()}
-    if min(left.values()) < _EXPLAINED:
-        return next(c for c, share in left.items() if share <= 1.2 * min(left.values()) + 1e-3), False
+    return {c: f for c, f in fits.items() if f}
+
+
+def _best(pair: local.Pair, side: int, taps: Sequence, candidates: Sequence[Arithmetic]) -> Arithmetic | None:
+    """The candidate that explains most; exact arithmetic where nothing is left, None where nothing explains it."""
+    fits = {c: [fit for fit in f if fit.size] for c, f in _all_fits(pair, side, taps, candidates).items()}
+    left = {c: float(np.median([fit.left for fit in f])) for c, f in fits.items() if f}
+    if not left:
+        return Arithmetic()
+    if min(left.values()) >= _EXPLAINED:
+        return None
+    return next(c for c, share in left.items() if share <= 1.2 * min(left.values()) + 1e-3)
+
+
+def _of_its_size(pair: local.Pair, side: int, taps: Sequence, candidates: Sequence[Arithmetic]) -> Arithmetic:
+    """The first candidate whose size and evenness fit, else exact arithmetic."""
+    fits = {c: [fit for fit in f if fit.size] for c, f in _all_fits(pair, side, taps, candidates).items()}
     sized = [c for c, f in fits.items() if all(fit.even and _LIKE[0] < fit.size < _LIKE[1] for fit in f)]
-    return (sized[0], True) if sized else (Arithmetic(), False)
+    return sized[0] if sized else Arithmetic()
+
+
+def _unit(pair: local.Pair, side: int, products: Sequence) -> float:
+    """The usual relative error of this side's products, where they all have one of about that size; else 0."""
+    probe = Arithmetic(unit=1.0)
+    return _usual([(fit.size, fit.even) for fit in _all_fits(pair, side, products, [probe]).get(probe, [])])
+
+
+def _usual(errors: Sequence[tuple[float, bool]]) -> float:
+    """The usual one of products' relative errors, each with whether it looks like noise.
+
+    An arithmetic shows in most products, as noise of one size, and of no more than a few bits leave. A fault does
+    not: it is in some of them, or large, or has a structure.
+    """
+    noisy = [error for error, noise in errors if noise and error > 0]
+    if len(noisy) < max(0.35 * len(errors), min(3, max(1, len(errors)))):
+        return 0.0
+    usual = float(np.median(noisy))
+    alike = sum(usual / local.UNSURE < error < local.UNSURE * usual for error in noisy)
+    return usual if usual <= local._ROUNDED and alike >= 0.8 * len(noisy) else 0.0
+
+
+def _difference(pair: local.Pair, products: Sequence[Place]) -> float:
+    """The usual relative difference of the two runs' products by matrices that nobody gave; else 0."""
+    errors = []
+    for place in products[:_FIRST]:  # further down, what the inputs bring hides it
+        if local.is_wide(pair, _op(place), place.name):
+            continue
+        with np.errstate(all="ignore"):
+            found = local.judge_whole(pair, _op(place), place.layer, place.kind, place.name)
+        if found.method != "span" or found.residual is None:
+            continue
+        y = np.asarray(pair.reference.taps[place.name], np.float64)
+        if found.ratio > 1:
+            noise = _noise_like(_rows(found.residual), _rows(y), found.residual, y)
+            errors.append((found.difference, noise))
+        elif found.floor < 3 * found.f32_floor:
+            errors.append((0.0, True))
+    return _usual(errors)
+
+
+def _noise_like(rows: np.ndarray, expected: np.ndarray, residual: np.ndarray, exact: np.ndarray) -> bool:
+    """Whether a residual is spread over tokens and channels as a rounding's effect is, and unlike the output itself."""
+    ratio = rows[expected > 0] / expected[expected > 0]
+    typical = float(np.median(ratio)) if ratio.size else 0.0
+    even = typical > 0 and float(np.mean((ratio < 4 * typical) & (ratio > typical / 4))) > 0.9
+    alike = abs(float(np.vdot(residual, exact))) / max(_norm(residual) * _norm(exact), 1e-300)
+    return even and alike < 0.3
 
 
 def _fits(pair: local.Pair, side: int, tap, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, _Fit]:
-    """Each candidate on one tap; nothing for taps that are exact already or cannot be re-run."""
-    run, op = (pair.ours, pair.reference)[side], _op(tap)
+    """Each candidate on one tap, of size 0 where it is exact already; nothing for taps that cannot be re-run."""
+    op = _op(tap)
+    pair = local.some_tokens(pair, op, tap.name)
+    run = (pair.ours, pair.reference)[side]
     y = np.asarray(run.taps[tap.name], np.float64)
     y = graph.visible(y) if tap.op == "kq" else y
 
@@ -139,8 +215,10 @@ def _fits(pair: local.Pair, side: int, tap, candidates: Sequence[Arithmetic]) ->
         with np.errstate(all="ignore"):
             exact = value(Arithmetic())
             residual = y - exact
-            if _norm(residual) <= 30 * local.EPS32 * _norm(y):
+            if not _norm(y) or not np.isfinite(residual).all():
                 return {}
+            if _norm(residual) <= 30 * local.EPS32 * _norm(y):
+                return dict.fromkeys(candidates, _Fit(0.0, 0.0, True))
             return {c: _fit(residual, y - value(c), exact) for c in candidates}
     except graph.FAILURES:
         return {}
@@ -150,12 +228,8 @@ def _fit(residual: np.ndarray, left: np.ndarray, exact: np.ndarray) -> _Fit:
     effect = residual - left
     if not _norm(effect):
         return _Fit(1.0, np.inf, False)
-    by_token, expected = _rows(residual), _rows(effect)
-    ratio = by_token[expected > 0] / expected[expected > 0]
-    typical = float(np.median(ratio)) if ratio.size else 0.0
-    even = typical > 0 and float(np.mean((ratio < 4 * typical) & (ratio > typical / 4))) > 0.9
-    alike = abs(float(np.vdot(residual, exact))) / max(_norm(residual) * _norm(exact), 1e-300)
-    return _Fit(_norm(left) / _norm(residual), _norm(residual) / _norm(effect), even and alike < 0.1)
+    even = _noise_like(_rows(residual), _rows(effect), residual, exact)
+    return _Fit(_norm(left) / _norm(residual), _norm(residual) / _norm(effect), even)
 
 
 def _norm(x: np.ndarray) -> float:

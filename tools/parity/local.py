@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +25,8 @@ import numpy as np
 from scarlet_jax.tools.parity.arithmetic import partner
 from scarlet_jax.tools.parity.facts import Facts
 from scarlet_jax.tools.parity.graph import FAILURES, Missing, Op
-from scarlet_jax.tools.parity.view import Arithmetic, LayerView, Run
+from scarlet_jax.tools.parity.logs import Sampled
+from scarlet_jax.tools.parity.view import Arithmetic, LayerView, Run, Window, weight_key
 
 EPS32 = 2.0**-24  # the relative error of one rounding to f32
 
@@ -50,8 +54,28 @@ class Local:
     inputs: tuple[str, ...]
     f32_floor: float
     facts: Facts
+    sums: _Sums
     residual: np.ndarray | None = None
     ours_residual: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+    """Sums of squares of each token's row, (T,): of the residuals, of what they may be, and of the reference itself.
+
+    They add up over columns: a wide tap is judged piece by piece.
+    """
+
+    difference: np.ndarray
+    ours: np.ndarray
+    reference: np.ndarray
+    noise: np.ndarray
+    f32: np.ndarray
+    whole: np.ndarray
+
+    def __add__(self, other: _Sums) -> _Sums:
+        both = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return _Sums(*(a + b for a, b in both))
 
 
 @dataclasses.dataclass
@@ -67,6 +91,7 @@ class Pair:
     whole: tuple[Run, Run] | None = None
     sampled: tuple[bool, bool] = (False, False)
     chosen: dict[tuple[str, str], Facts] = dataclasses.field(default_factory=dict)
+    unit: float = 0.0  # how far, of their own size, the two runs' products differ in general
 
 
 @dataclasses.dataclass
@@ -78,7 +103,69 @@ class _Prediction:
 
 
 def judge(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> Local:
-    """The local evidence on `tap`, by the best method that the dumps and the model allow."""
+    """The local evidence on `tap`, by the best method that the dumps and the model allow.
+
+    The columns of a wide product, such as a vocabulary's logits, are judged some at a time and keep no residual.
+    """
+    if not is_wide(pair, op, tap):
+        return judge_whole(pair, op, layer, kind, tap)
+    assert op is not None
+    key, shape = weight_key(layer, op.weight), pair.reference.taps[tap].shape
+    width, step = shape[1], max(256, min(_PIECE, (_PIECE << 8) // shape[0]))
+    parts = [slice(start, min(start + step, width)) for start in range(0, width, step)]
+    found = [judge_whole(_columns(pair, tap, key, part), op, layer, kind, tap) for part in parts]
+    sums = functools.reduce(operator.add, (part.sums for part in found))
+    return _summed(found[0].method, sums, found[0].inputs, found[0].facts)
+
+
+WIDE, _PIECE = 1 << 15, 1 << 12  # columns: those of a product with more are judged so many at a time
+
+
+def is_wide(pair: Pair, op: Op | None, tap: str) -> bool:
+    """Whether a product has so many outputs that neither it nor its weight should be held at once."""
+    if op is None or not op.linear or any(pair.sampled) or tap not in pair.reference.taps:
+        return False
+    shape = pair.reference.taps[tap].shape
+    return len(shape) == 2 and shape[1] > WIDE
+
+
+def some_tokens(pair: Pair, op: Op | None, tap: str, at: int = 0) -> Pair:
+    """The pair with as few tokens as a wide product is looked into with, `at` among them; others as they are."""
+    if not is_wide(pair, op, tap):
+        return pair
+    tokens, width = pair.reference.taps[tap].shape
+    count = min(tokens, max(4, _LOOKED_INTO // width))
+    return windowed(pair, tokens, max(0, min(at - count // 4, tokens - count)), count)
+
+
+_LOOKED_INTO = 1 << 20  # elements: dozens of arrays of that size are made to find a cause
+
+
+def windowed(pair: Pair, tokens: int, start: int, count: int) -> Pair:
+    """The pair with `count` rows from `start` on of every tap that has all `tokens`."""
+    known, rows = pair.reference.facts, slice(start, start + count)
+    first = known.kept[0] + start
+    known = dataclasses.replace(
+        known,
+        kept=(first, first + count),
+        cut=known.cut or start > 0,
+        first_position=known.first_position + start,
+    )
+    runs = (
+        dataclasses.replace(run, taps=Window(run.taps, tokens, rows), facts=known)
+        for run in (pair.ours, pair.reference)
+    )
+    return dataclasses.replace(pair, ours=next(runs), reference=next(runs), chosen={})
+
+
+def _columns(pair: Pair, tap: str, key: tuple[int | None, str], part: slice) -> Pair:
+    """The pair with some columns of a product, and of its weight the rows that make them."""
+    runs = (run.columns(tap, key, part) for run in (pair.ours, pair.reference))
+    return dataclasses.replace(pair, ours=next(runs), reference=next(runs))
+
+
+def judge_whole(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> Local:
+    """The local evidence on all of a tap at once, with the residuals."""
     if any(pair.sampled):
         return _one_sided(pair, op, layer, kind, tap)
     ours, reference = (np.asarray(run.taps[tap], np.float64) for run in (pair.ours, pair.reference))
@@ -92,12 +179,12 @@ def judge(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str) -> 
         return _formula(pair, own, predicted, ours, reference, facts)
     except FAILURES:  # something is not there, or not in the shape that the formula takes
         pass
-    inputs = _inputs(pair, op, layer, kind, facts)
+    inputs, product = _inputs(pair, op, layer, kind, facts)
     if op.source:
         return _direct(pair, ours, reference, facts)
     if op.linear and len(inputs) == 1 and _shared(pair, inputs[0], len(reference)):
         return _span(pair, op, layer, inputs[0], ours, reference, facts)
-    return _propagated(pair, tap, ours, reference, inputs, facts)
+    return _propagated(pair, tap, ours, reference, inputs, facts, product)
 
 
 def _formula(
@@ -136,11 +223,25 @@ def _one_sided(pair: Pair, op: Op | None, layer: int | None, kind: str, tap: str
         try:
             whole = np.asarray(alone.ours.taps[tap], np.float64)
             facts = _facts(alone, plain, layer, kind, whole)
-            return _against_formula(alone, plain, layer, kind, facts, whole)
+            found = _against_formula(alone, plain, layer, kind, facts, whole)
+            if not _departs_too(pair, side, tap, found, ours - reference):
+                return found
         except FAILURES:
             facts = pair.reference.facts
-    inputs = _inputs(alone, op, layer, kind, facts) if op is not None and not all(pair.sampled) else ()
-    return _propagated(pair, tap, ours, reference, inputs, facts)
+    known = op is not None and not all(pair.sampled)
+    inputs, product = _inputs(alone, op, layer, kind, facts) if known else ((), True)
+    return _propagated(pair, tap, ours, reference, inputs, facts, product)
+
+
+def _departs_too(pair: Pair, side: int, tap: str, found: Local, difference: np.ndarray) -> bool:
+    """Whether the few entries that the other run shows depart from the formula as this one's do."""
+    assert pair.whole is not None
+    assert found.residual is not None
+    few = pair.whole[1 - side].taps[tap]
+    if not isinstance(few, Sampled) or few.size != found.residual.size:
+        return False
+    left = _norm(few.of(found.residual))
+    return left > 3 * max(pair.resolution) * difference.size**0.5 and _norm(difference) < 0.3 * left
 
 
 def _alone(pair: Pair, side: int) -> Pair:
@@ -200,6 +301,8 @@ def _span(
     """A product with an unknown matrix: outputs must combine as the inputs do."""
     x, x_ref = (np.asarray(run.taps[source], np.float64) for run in (pair.ours, pair.reference))
     x, x_ref = x.reshape(len(x), -1), x_ref.reshape(len(x_ref), -1)
+    one = np.full((len(x), 1), _norm(x_ref) / len(x_ref) ** 0.5)  # of a bias there are as many on either side
+    x, x_ref = np.hstack([x, one]), np.hstack([x_ref, one])
     y, y_ref = ours.reshape(len(ours), -1), reference.reshape(len(reference), -1)
     moved = x - x_ref
     gram = x_ref @ x_ref.T
@@ -215,10 +318,11 @@ def _span(
             run = (pair.ours, pair.reference)[side]
             how = partner(run.qtypes.get((layer, op.weight), "" if run.qtypes else "Q4_K"))
             if how is not None:
-                rounding = np.hypot(rounding, _rows(how(inputs) - inputs))
+                rounding = np.hypot(rounding, _rows(how(inputs[:, :-1]) - inputs[:, :-1]))
+    rounding = np.hypot(rounding, UNSURE * pair.unit * _rows(x_ref) / 1.5)
     # A matrix may answer an arbitrary direction more than the directions that its inputs take.
     per_token = 1.5 * gain * np.hypot(_rows(left_over), rounding) / size
-    depth = x.shape[1] ** 0.5
+    depth = (x.shape[1] - 1) ** 0.5
     f32 = (
         EPS32
         * depth
@@ -244,9 +348,18 @@ def _span(
 
 
 def _propagated(
-    pair: Pair, tap: str, ours: np.ndarray, reference: np.ndarray, inputs: tuple[str, ...], facts: Facts
+    pair: Pair,
+    tap: str,
+    ours: np.ndarray,
+    reference: np.ndarray,
+    inputs: tuple[str, ...],
+    facts: Facts,
+    product: bool = True,
 ) -> Local:
-    """Nothing to re-run: only a jump far beyond the inputs' own divergence counts."""
+    """Nothing to re-run: only a jump far beyond the inputs' own divergence counts.
+
+    `product`: whether there may be one on the way from the inputs, which an engine may round.
+    """
     inherited, beside = 0.0, False
     for name in inputs or _neighbours(pair, tap):
         if not all(name in run.taps for run in (pair.ours, pair.reference)):
@@ -256,13 +369,26 @@ def _propagated(
             continue
         beside = True
         inherited = max(inherited, _norm(a - b) / max(_norm(b), 1e-300))
-    rounded = 0.02 if any(pair.may_round) else 0.0  # what 8-bit activations can do to one product
+    rounds = any(pair.may_round) or (
+        product and len(reference) == 1
+    )  # of one token nothing tells the engines' ways
+    rounded = _ROUNDED if rounds else UNSURE * _usual_error(pair) if product else 0.0
     relative = np.hypot(5 * inherited, rounded) + 30 * EPS32 + 3 * max(pair.grain)
     noise = np.full(reference.shape, relative * _norm(reference) / max(1, reference.size) ** 0.5)
     noise = noise + max(pair.resolution)
     difference = ours - reference
     method = "propagated" if beside else "alone"
     return _local(method, difference, difference, 0 * reference, noise, noise, reference, inputs, facts)
+
+
+def _usual_error(pair: Pair) -> float:
+    """What the two engines' arithmetics make products differ by, relative to them."""
+    units = [max(side.unit, _UNITS.get(side.matmul, 0.0)) for side in pair.arithmetic]
+    return max(pair.unit, *units)
+
+
+_UNITS = {"partner": 0.005, "bf16": 2.0**-9, "f16": 2.0**-12, "tf32": 2.0**-12}
+_ROUNDED = 0.02  # what 8-bit activations can do to one product
 
 
 def _shared(pair: Pair, name: str, rows: int) -> bool:
@@ -292,26 +418,38 @@ def _local(
     facts: Facts,
     ours_residual: np.ndarray | None = None,
 ) -> Local:
-    scale = max(_norm(reference), 1e-300)
-    floor = _norm(noise) + 4 * EPS32 * 1e-3 * scale
-    by_token, noise_by_token = _rows(difference), np.broadcast_to(_rows(noise), (len(difference),))
-    typical = floor / max(1, len(difference)) ** 0.5
+    sums = _Sums(*(_squares(x) for x in (difference, left, right, noise, f32, reference)))
+    local = _summed(method, sums, inputs, facts)
+    local.residual, local.ours_residual = difference, left if ours_residual is None else ours_residual
+    return local
+
+
+def _summed(method: str, sums: _Sums, inputs: tuple[str, ...], facts: Facts) -> Local:
+    """Local evidence from the squares of every token's row."""
+    whole = [math.sqrt(x.sum()) for x in dataclasses.astuple(sums)]
+    difference, left, right, noise, f32, scale = *whole[:5], max(whole[5], 1e-300)
+    floor = noise + 4 * EPS32 * 1e-3 * scale
+    by_token, noise_by_token, reference_by_token = (
+        np.sqrt(x) for x in (sums.difference, sums.noise, sums.whole)
+    )
+    typical = floor / max(1, len(by_token)) ** 0.5
     # One broken token or head among many must not drown in the whole; 2 pays for looking at every one.
     token_ratio = float((by_token / (2 * np.hypot(noise_by_token, 0.3 * typical))).max(initial=0.0))
-    reference_rows = _rows(reference)
+    relative = np.divide(
+        by_token, reference_by_token, out=np.zeros_like(by_token), where=reference_by_token > 0
+    )
     return Local(
         method,
-        _norm(difference) / scale,
-        _norm(left) / scale,
-        _norm(right) / scale,
+        difference / scale,
+        left / scale,
+        right / scale,
         floor / scale,
-        max(_norm(difference) / floor, token_ratio),
-        np.divide(by_token, reference_rows, out=np.zeros_like(by_token), where=reference_rows > 0),
+        max(difference / floor, token_ratio),
+        relative,
         inputs,
-        _norm(f32) / scale,
+        f32 / scale,
         facts,
-        difference,
-        left if ours_residual is None else ours_residual,
+        sums,
     )
 
 
@@ -321,6 +459,8 @@ def _facts(pair: Pair, op: Op, layer: int | None, kind: str, reference: np.ndarr
     if key in pair.chosen:
         return pair.chosen[key]
     facts = pair.reference.facts
+    if op.choices == ({},):
+        return facts
     best, chosen = np.inf, facts
     for choice in _choices(pair, op, layer, kind, reference):
         candidate = dataclasses.replace(facts, **choice)
@@ -417,7 +557,9 @@ def _predict(
         rough = _run(pair, side, op, layer, kind, facts, shape, absolute=pair.resolution[side], seed=2)
         noise = np.hypot(noise, 2 * (rough - value))
     arithmetic = pair.arithmetic[side]
-    for other, weight in ((Arithmetic(), IMITATION), (arithmetic, LOOSE)):
+    loosely = dataclasses.replace(arithmetic, unit=0.0)
+    unsure = dataclasses.replace(arithmetic.strict(), unit=arithmetic.unit)
+    for other, weight in ((Arithmetic(), IMITATION), (loosely, LOOSE), (unsure, UNSURE)):
         if other != arithmetic.strict():
             run = (pair.ours, pair.reference)[side]
             rounded = op.run(run.view(layer, kind, facts, arithmetic=other))
@@ -429,21 +571,28 @@ def _predict(
 IMITATION = 0.15
 # The same for an arithmetic known by its size only.
 LOOSE = 2.0
+# And for products whose errors' usual size is known: one product's may be larger than another's.
+UNSURE = 4.0
 
 
-def _inputs(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> tuple[str, ...]:
-    """The taps that the operation reached for before something was missing."""
+def _inputs(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> tuple[tuple[str, ...], bool]:
+    """The taps that the operation reached for before something was missing; whether by way of a product."""
     view = _view(pair, 1, layer, kind, facts)
     with contextlib.suppress(*FAILURES):
         op.run(view)
-    return tuple(dict.fromkeys(view.used))
+    return tuple(dict.fromkeys(view.used)), any(step.linear for step in (op, *view.computed))
 
 
 def _norm(x: np.ndarray) -> float:
     flat = x.reshape(-1)
-    return float(np.sqrt(np.einsum("i,i->", flat, flat)))
+    return float(np.sqrt(flat @ flat))
 
 
 def _rows(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(_squares(x))
+
+
+def _squares(x: np.ndarray) -> np.ndarray:
+    """Each row's sum of squares."""
     flat = x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1)
-    return np.sqrt(np.einsum("ij,ij->i", flat, flat))
+    return np.vecdot(flat, flat)

@@ -103,19 +103,32 @@ def _sums(ours: np.ndarray, ref: np.ndarray):
     if a.dtype.kind != "f" or b.dtype.kind != "f" or a.dtype != b.dtype:
         a, b = a.astype(np.float64), b.astype(np.float64)
     bad = (0, 0)
-    d = a - b
-    own, other, difference = (np.einsum("ij,ij->i", x, x, dtype=np.float64) for x in (a, b, d))
+    with np.errstate(all="ignore"):
+        d = a - b
+        own, other, difference = (_squares(x) for x in (a, b, d))
     if not (np.isfinite(own).all() and np.isfinite(other).all()):
         bad = (int(a.size - np.isfinite(a).sum()), int(b.size - np.isfinite(b).sum()))
         a, b = _finite(a.astype(np.float64), b.astype(np.float64))
         d = a - b
-        own, other, difference = (np.einsum("ij,ij->i", x, x) for x in (a, b, d))
+        own, other, difference = (_squares(x) for x in (a, b, d))
     dot = (own + other - difference) / 2
     if not d.size:
         return difference, own, other, dot, (0.0, 0), *bad
     low, high = int(d.argmin()), int(d.argmax())
     at = low if -d.flat[low] > d.flat[high] else high
     return difference, own, other, dot, (float(abs(d.flat[at])), at), *bad
+
+
+def _squares(x: np.ndarray) -> np.ndarray:
+    """Each row's sum of squares, float64; f32 rows are summed as such where no square is out of its range."""
+    sums = np.vecdot(x, x).astype(np.float64)
+    if x.dtype == np.float64 or ((sums > _FEW).all() and np.isfinite(sums).all()) or not x.any():
+        return sums
+    wide = x.astype(np.float64)
+    return np.vecdot(wide, wide)
+
+
+_FEW = 1e-30  # a sum of f32 squares below this has lost some of them
 
 
 def _finite(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -84,7 +84,7 @@ TRANSFORMERS = {
 
 def rename(dump: Dump, mapping: Mapping[str, str] | str | os.PathLike[str] | None = None) -> Dump:
     """The dump under our names; a name that no map knows stays."""
-    table = _built_in(dump) | _given(mapping)
+    table = _built_in(dump) | _scaled(dump) | _given(mapping)
     pairs: dict[str, str] = {}  # ours -> theirs
     for name in dump:
         new = translate(name, table)
@@ -99,6 +99,17 @@ def rename(dump: Dump, mapping: Mapping[str, str] | str | os.PathLike[str] | Non
         order=[back[name] for name in dump.order if name in back],
         weights={back.get(tap, tap): weight for tap, weight in dump.weights.items()},
     )
+
+
+def _scaled(dump: Dump) -> dict[str, str]:
+    """Where a product and the same times the weight's own scale are both taps, the latter is the product."""
+    table = {}
+    for name in dump:
+        op, _, layer = name.rpartition("-")
+        plain = next((op.removesuffix(end) for end in ("_scaled", "_s") if op.endswith(end)), "")
+        if layer.isdigit() and plain.startswith("ffn_") and plain != "ffn_moe_weights":
+            table |= {f"{op}-{{}}": f"{plain}-{{}}", f"{plain}-{{}}": f"{plain}_unscaled-{{}}"}
+    return table
 
 
 def translate(name: str, table: Mapping[str, str]) -> str:
@@ -143,13 +154,14 @@ _LFM2_MODULES = {
     "self_attn.out_proj": "attn_output",
     **{f"conv.{part}": f"conv_{part}" for part in ("in_proj", "conv", "out_proj")},
 }
+_PROJECTED = {"Qcur-{}": "Qcur_reshaped-{}", "Kcur-{}": "Kcur_projected-{}", "Vcur-{}": "Vcur_projected-{}"}
 LFM2 = {f"model.layers.{{}}.{theirs}-{{}}": f"{ours}-{{}}" for theirs, ours in _LFM2_MODULES.items()} | {
-    **{f"{head}-{{}}": f"{head}_projected-{{}}" for head in ("Qcur", "Kcur")},
+    **{f"{head}-{{}}": _PROJECTED[f"{head}-{{}}"] for head in ("Qcur", "Kcur")},
     **{f"{head}_rope-{{}}": f"{head}-{{}}" for head in ("Qcur", "Kcur")},
 }
 # llama.cpp's falcon-h1: `Qcur` and its like are the projections too, and `ssm_in` is the input once more.
 FALCON_H1 = {
-    **{f"{head}-{{}}": f"{head}_projected-{{}}" for head in ("Qcur", "Kcur", "Vcur")},
+    **_PROJECTED,
     **{f"{head}-post-rope-{{}}": f"{head}-{{}}" for head in ("Qcur", "Kcur", "Vcur")},
     **{"attn_out-{}": "attn_output-{}", "ssm_out-{}": "mamba_out-{}"},
 }

@@ -34,7 +34,19 @@ add(  # the key projection: llama.cpp's name for it is taken over by the rotated
 )
 
 
+def _gated(v: Any) -> bool:
+    """Whether the query projection holds gates too: it is wider than what the heads give."""
+    width = flat(v("Qcur_full")).shape[1]
+    for name in ("Qcur_reshaped", "Qcur_normed", "Qcur", "attn_pregate"):
+        if v.has(name):
+            shape = v.run.taps[v.tap_name(name)].shape
+            return int(np.prod(shape[1:])) < width
+    return True
+
+
 def _query_and_gate(v: Any, part: int) -> np.ndarray:
+    if not part and not _gated(v):
+        return heads(v("Qcur_full"), v.facts.head_dim)
     return heads(v("Qcur_full"), 2 * v.facts.head_dim).reshape(len(v("Qcur_full")), -1, 2, v.facts.head_dim)[
         :, :, part
     ]

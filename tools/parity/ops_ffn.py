@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from scarlet_jax.tools.parity import formulas as f
 from scarlet_jax.tools.parity.graph import Missing, add, flat
-from scarlet_jax.tools.parity.ops_shared import linear, sigmoid, swiglu
+from scarlet_jax.tools.parity.ops_shared import linear, normed, sigmoid, swiglu
 
-linear("ffn_gate", "", "ffn", "ffn_gate", "attn_post_norm")
-linear("ffn_up", "", "ffn", "ffn_up", "attn_post_norm")
+linear("ffn_gate", "", "ffn", "ffn_gate", normed)
+linear("ffn_up", "", "ffn", "ffn_up", normed)
 linear("ffn_out", "", "ffn", "ffn_down", "ffn_swiglu")
 
 
@@ -20,7 +21,7 @@ swiglu("ffn_swiglu", "", "ffn", "ffn_gate", "ffn_up")
 
 # --- mixture of experts: layers of kind "moe" ------------------------------------------------------------------
 
-linear("ffn_moe_logits", "moe", "moe", "ffn_gate_inp", "attn_post_norm")
+linear("ffn_moe_logits", "moe", "moe", "ffn_gate_inp", normed)
 
 
 _SMALLEST = 2.0**-14  # f16's smallest normal number, which llama.cpp clamps the sum of weights to
@@ -96,7 +97,7 @@ add(
 
 
 def _gate_and_up(v: Any) -> np.ndarray:
-    return _by_expert(v, "ffn_gate_up_exps", flat(v("attn_post_norm")))
+    return _by_expert(v, "ffn_gate_up_exps", flat(normed(v)))
 
 
 add(
@@ -131,16 +132,39 @@ add(
         "router, softmax again": lambda v: f.softmax(flat(v("ffn_moe_weights"))),
     },
 )
+
+
+def _fit_scale(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
+    x = flat(_before_scale(v))
+    return {"expert_weights_scale": (x * y.reshape(x.shape)).sum() / np.maximum((x * x).sum(), 1e-300)}
+
+
+def _before_scale(v: Any) -> np.ndarray:
+    return v("ffn_moe_weights_norm" if v.has("ffn_moe_weights_norm") else "ffn_moe_weights")
+
+
+def _last_weights(v: Any) -> np.ndarray:
+    """(T, k): what experts' outputs are multiplied by."""
+    return flat(v("ffn_moe_weights_scaled" if v.has("ffn_moe_weights_scaled") else "ffn_moe_weights_norm"))
+
+
+add(
+    "ffn_moe_weights_scaled",
+    "moe",
+    "moe",
+    lambda v: flat(_before_scale(v)) * v.weight("expert_weights_scale"),
+    fit=_fit_scale,
+)
 for _part in ("gate", "up"):
     add(
         f"ffn_moe_{_part}",
         "moe",
         "moe",
-        lambda v, part=_part: _by_expert(v, f"ffn_{part}_exps", flat(v("attn_post_norm"))),
+        lambda v, part=_part: _by_expert(v, f"ffn_{part}_exps", flat(normed(v))),
         weight=f"ffn_{_part}_exps",
         variants={
             "swapped-gate-up": lambda v, part=_part: _by_expert(
-                v, f"ffn_{'up' if part == 'gate' else 'gate'}_exps", flat(v("attn_post_norm"))
+                v, f"ffn_{'up' if part == 'gate' else 'gate'}_exps", flat(normed(v))
             )
         },
     )
@@ -156,7 +180,7 @@ add(
     "ffn_moe_weighted",
     "moe",
     "moe",
-    lambda v: v("ffn_moe_down") * flat(v("ffn_moe_weights_norm"))[..., None],
+    lambda v: v("ffn_moe_down") * _last_weights(v)[..., None],
     variants={
         "router": lambda v: v("ffn_moe_down") * flat(v("ffn_moe_weights"))[..., None],
         "router, weights left out": lambda v: v("ffn_moe_down"),
@@ -175,14 +199,14 @@ add(
         "missing-scale": lambda v: v("ffn_moe_weighted").mean(axis=1),
     },
 )
-linear("ffn_gate", "moe", "moe", "ffn_gate_shexp", "attn_post_norm")
-linear("ffn_up", "moe", "moe", "ffn_up_shexp", "attn_post_norm")
+linear("ffn_gate", "moe", "moe", "ffn_gate_shexp", normed)
+linear("ffn_up", "moe", "moe", "ffn_up_shexp", normed)
 swiglu("ffn_swiglu", "moe", "moe", "ffn_gate", "ffn_up")
 linear("ffn_shexp", "moe", "moe", "ffn_down_shexp", "ffn_swiglu")
 
 
 def _shared_gate(v: Any) -> np.ndarray:
-    return flat(v("attn_post_norm")) @ v.weight("ffn_gate_inp_shexp").reshape(-1, 1)
+    return flat(normed(v)) @ v.weight("ffn_gate_inp_shexp").reshape(-1, 1)
 
 
 add("shared_expert_gate", "moe", "moe", _shared_gate, weight="ffn_gate_inp_shexp", linear=True)

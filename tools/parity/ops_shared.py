@@ -20,9 +20,15 @@ def nothing(v: Any) -> np.ndarray:
     raise Missing(f"what layer {v.layer} started from")
 
 
-def linear(name: str, kind: str, klass: str, stem: str, source: str) -> None:
-    """One product: `source` by the weight `stem`."""
-    add(name, kind, klass, lambda v: v.linear(stem, v(source)), weight=stem, linear=True)
+def linear(name: str, kind: str, klass: str, stem: str, source: str | Run) -> None:
+    """One product: the tap `source`, or what it gives, by the weight `stem`."""
+    entering = (lambda v: v(source)) if isinstance(source, str) else source
+    add(name, kind, klass, lambda v: v.linear(stem, entering(v)), weight=stem, linear=True)
+
+
+def normed(v: Any) -> np.ndarray:
+    """What enters a feed-forward network: `ffn_norm` where the norm goes by that name."""
+    return v("ffn_norm" if v.has("ffn_norm") else "attn_post_norm")
 
 
 def fit_gain(stem: str, source: Callable[[Any], np.ndarray]) -> Fit:
@@ -40,7 +46,7 @@ def _norm_variants(source: Callable[[Any], np.ndarray], stem: str) -> dict[str, 
     def with_eps(eps: float) -> Run:
         return lambda v: f.rms(source(v), eps) * v.weight(stem)
 
-    def normed(v: Any) -> np.ndarray:
+    def unweighted(v: Any) -> np.ndarray:
         return f.rms(source(v), v.facts.eps)
 
     def centred(v: Any) -> np.ndarray:
@@ -61,10 +67,10 @@ def _norm_variants(source: Callable[[Any], np.ndarray], stem: str) -> dict[str, 
         return f.rms(flat(x), v.facts.eps).reshape(x.shape) * v.weight(stem)
 
     return {
-        "missing-norm-offset": lambda v: normed(v) * (v.weight(stem) - 1),
-        "double-norm-offset": lambda v: normed(v) * (v.weight(stem) + 1),
-        "missing-norm-weight": normed,
-        "double-norm-weight": lambda v: normed(v) * v.weight(stem) ** 2,
+        "missing-norm-offset": lambda v: unweighted(v) * (v.weight(stem) - 1),
+        "double-norm-offset": lambda v: unweighted(v) * (v.weight(stem) + 1),
+        "missing-norm-weight": unweighted,
+        "double-norm-weight": lambda v: unweighted(v) * v.weight(stem) ** 2,
         "missing-norm": lambda v: source(v) * v.weight(stem),
         "missing-norm, missing-norm-weight": source,
         "layer-norm": centred,
@@ -72,8 +78,8 @@ def _norm_variants(source: Callable[[Any], np.ndarray], stem: str) -> dict[str, 
         "norm-axis": over_all_heads,
         "norm-axis, over the tokens": over_tokens,
         "norm-order, the weight before the norm": lambda v: f.rms(source(v) * v.weight(stem), v.facts.eps),
-        "weight-precision": lambda v: normed(v) * bf16(v.weight(stem)),
-        "offset-precision": lambda v: normed(v) * (1 + bf16(v.weight(stem) - 1)),
+        "weight-precision": lambda v: unweighted(v) * bf16(v.weight(stem)),
+        "offset-precision": lambda v: unweighted(v) * (1 + bf16(v.weight(stem) - 1)),
         "eps": outside,
         **{f"eps={eps:g}": with_eps(eps) for eps in (0.0, 1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)},
     }

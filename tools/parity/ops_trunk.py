@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from scarlet_jax.tools.parity.graph import add
-from scarlet_jax.tools.parity.ops_shared import bare_norm, norm, residual
+from scarlet_jax.tools.parity.ops_shared import bare_norm, linear, norm, residual
 
 
 def _embed(v: Any, offset: int = 0) -> np.ndarray:
@@ -57,15 +58,30 @@ norm("ffn_norm", "", lambda v: v("attn_residual"), "ffn_norm")
 bare_norm("norm", "", lambda v: v("attn_residual"))
 
 
-for _kind, _branch in (("ssm", "linear_attn_out"), ("attention", "attn_output")):
+def _mixed(*branches: str) -> Callable[[Any], np.ndarray]:
+    """What a layer's mixer gives: the first of these taps that was dumped, else the first as it is computed."""
+    return lambda v: v(next((name for name in branches if v.has(name)), branches[0]))
+
+
+# A layer's mixer by its kind; in a parallel one attention and a state space add up.
+_MIXERS = {
+    "ssm": ("linear_attn_out", "mamba_out", "conv_out_proj"),
+    "attention": ("attn_output",),
+    "parallel": ("layer_out",),
+}
+for _kind, _branch in ((kind, _mixed(*branches)) for kind, branches in _MIXERS.items()):
     residual(
         "attn_residual",
         _kind,
-        _kind,
+        "attention" if _kind == "parallel" else _kind,
         lambda v: v.before(),
-        lambda v, branch=_branch: v(branch),
-        residual_source=lambda v, branch=_branch: v("attn_norm") + v(branch),
+        _branch,
+        residual_source=lambda v, branch=_branch: v("attn_norm") + branch(v),
     )
+add("layer_out", "parallel", "attention", lambda v: v("attn_output") + v("mamba_out"))
+linear("ssm_in", "", "ssm", "ssm_in", "attn_norm")
+linear("ssm_in_proj", "", "ssm", "ssm_in", "attn_norm")
+linear("conv_in_proj", "", "ssm", "shortconv.in_proj", "attn_norm")
 residual(
     "l_out",
     "",

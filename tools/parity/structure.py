@@ -242,7 +242,7 @@ def _heads(case: Any, pair: Any) -> Found:
     lengths = {shape[-1]} if len(shape) == 3 else {facts.head_dim, facts.key_dim, facts.value_dim}
     for length in sorted(n for n in lengths if n > 1):
         width = int(np.prod(shape[1:]))
-        if width % length or width // length < 2:
+        if width % length or not 2 <= width // length <= _MANY:
             continue
         cut = (len(case.ours), -1, length)
         order = _assignment(case.ours.reshape(cut), case.right.reshape(cut))
@@ -253,6 +253,9 @@ def _heads(case: Any, pair: Any) -> Found:
         mixer = case.op is None or len(shape) == 3 or case.op.klass in ("ssm", "attention")
         name = "head-permutation" if mixer else "channel-permutation"
         yield name, case.share(candidate), text, "structure", 1
+
+
+_MANY = 2048  # groups: of more, each is not held against each other one
 
 
 def _assignment(ours: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -271,7 +274,7 @@ def _channels(case: Any, _: Any) -> Found:
     for label, order in channel_orders(n).items():
         explained = case.share(case.right[..., order])
         yield _order_name(case, order), explained, f"channels {label}", "structure", 2
-    if n <= 2048 and case.ours.size // n >= 6:
+    if n <= _MANY and case.ours.size // n >= 6:
         fit, held = case.halves()
         a, b = (x[fit].reshape(-1, n).T for x in (case.ours, case.right))
         cost = (a * a).sum(1)[:, None] + (b * b).sum(1)[None] - 2 * a @ b.T

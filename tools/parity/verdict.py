@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -76,8 +76,10 @@ def find_broken(taps: Sequence[Tap]) -> None:
     nan = [tap for tap in judged if tap.metrics.not_finite[0] and not tap.metrics.not_finite[1]]
     for tap in nan:  # it spreads: only where it begins is something wrong
         tap.broken = tap is nan[0]
+    settled: dict[str, bool] = {}
     for tap in [tap for tap in judged if tap.broken]:
-        _excuse(tap, consumers.get(tap.name, []))
+        _excuse(tap, consumers, settled)
+    _excuse_views(judged)
     _lone_aliases(judged)
     for tap in judged:
         if tap.broken and _whole_layer(tap) and not tap.metrics.not_finite[0]:
@@ -103,17 +105,44 @@ def _agrees(reader: Tap, tap: Tap) -> bool:
     return reader.metrics.relative_l2 <= max(own, 1e-6)
 
 
-def _excuse(tap: Tap, consumers: Sequence[Tap]) -> None:
+def _settles(tap: Tap, consumers: Mapping[str, Sequence[Tap]], known: dict[str, bool]) -> bool:
+    """Whether a tap's divergence is taken back: everything that reads it agrees, or has its own taken back."""
+    if tap.name not in known:
+        known[tap.name] = False  # whatever reads itself
+        readers = [c for c in consumers.get(tap.name, ()) if not c.alias]
+        leaves = [c for c in readers if not consumers.get(c.name) and not _agrees(c, tap)]
+        through = [
+            c for c in readers if c not in leaves
+        ]  # a state that is kept is no part of this run's output
+        states = all(family(leaf) in ("delta-rule", "conv-state") for leaf in leaves)
+        known[tap.name] = (
+            len(through) > 0
+            and states
+            and all(_agrees(c, tap) or _settles(c, consumers, known) for c in through)
+        )
+    return known[tap.name]
+
+
+def _excuse(tap: Tap, consumers: Mapping[str, Sequence[Tap]], known: dict[str, bool]) -> None:
     """A divergence that the next operations take back, or that was never there in sum, is a convention."""
     if tap.metrics.not_finite[0]:
         return
     floor = max(10 * tap.local.floor, 1e-6)
     if tap.metrics.relative_l2 <= floor and tap.local.method != "direct":
         tap.broken, tap.note = False, "agrees, though not with its inputs: they follow another convention"
-        return
-    readers = [c for c in consumers if not c.alias]
-    if readers and all(_agrees(reader, tap) for reader in readers):
-        tap.broken, tap.note = False, "another convention: everything computed from it agrees"
+    elif _settles(tap, consumers, known):
+        tap.broken, tap.note = False, CONVENTION
+
+
+CONVENTION = "another convention: everything computed from it agrees"
+
+
+def _excuse_views(judged: Sequence[Tap]) -> None:
+    """What an operation leaves for the next run follows the convention of what it gave in this one."""
+    excused = {(family(t), t.layer) for t in judged if t.note == CONVENTION and not t.broken}
+    for tap in judged:
+        if tap.broken and family(tap) == "delta-rule" and ("delta-rule", tap.layer) in excused:
+            tap.broken, tap.note = False, CONVENTION
 
 
 def _lone_aliases(judged: Sequence[Tap]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scarlet_jax.tools.parity import operations  # noqa: F401 - fills the table that `find` looks into
-from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, bf16, partner, tf32
+from scarlet_jax.tools.parity.arithmetic import KV_ROUNDING, bf16, f16, partner, tf32
 from scarlet_jax.tools.parity.facts import Facts
 from scarlet_jax.tools.parity.graph import Missing, Op, find
 from scarlet_jax.tools.parity.weights import LARGE
@@ -22,21 +22,21 @@ Taps = Mapping[str, np.ndarray]
 class Arithmetic:
     """How an engine rounds what it multiplies: "" for f32 all the way.
 
-    `matmul`: "partner" (activations in the weight type's 8-bit partner), "bf16", "tf32".
+    `matmul`: "partner" (activations in the weight type's 8-bit partner), "bf16", "f16", "tf32" (both factors).
     `kv`: "f16", "bf16", "q8_0", "q4_0", of keys and values and of what meets them; "f16, stored" of the first alone.
-    `loose`: those of the two ("matmul", "kv") that are known by their size only: the engine's errors are of
-    that order, but repeating the rounding does not reproduce them.
+    `loose_kv`: that of keys and values is known by its size only: the engine's errors are of that order, but
+    repeating the rounding does not reproduce them.
+    `unit`: the same of products: each output is off by about so much of what it is a sum of.
     """
 
     matmul: str = ""
     kv: str = ""
-    loose: tuple[str, ...] = ()
+    loose_kv: bool = False
+    unit: float = 0.0
 
     def strict(self) -> Arithmetic:
         """What of it can be imitated."""
-        return Arithmetic(
-            "" if "matmul" in self.loose else self.matmul, "" if "kv" in self.loose else self.kv
-        )
+        return Arithmetic(self.matmul, "" if self.loose_kv else self.kv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,11 @@ class Run:
         """The run around one layer; None is the end of the model."""
         return LayerView(self, layer, kind, facts or self.facts, **options)
 
+    def columns(self, tap: str, key: tuple[int | None, str], part: slice) -> Run:
+        """The run with some columns of the product `tap`, and of its weight the rows that make them."""
+        given = None if self.given is None else SomeRows(self.given, key, part)
+        return dataclasses.replace(self, taps=SomeColumns(self.taps, tap, part), given=given)
+
 
 class LayerView:
     """A `graph.View` of one layer of a run.
@@ -74,7 +79,7 @@ class LayerView:
         kind: "ssm", "attention" or "end".
         facts: may differ from the run's when conventions are tried.
         dtype: the float type to compute in.
-        jitter: relative size of random perturbations of every tap (a condition estimate), 0 for none.
+        jitter: standard deviation of random relative perturbations of every tap (a condition estimate), 0 for none.
         arithmetic: roundings to imitate.
         absolute: absolute size of random perturbations, for taps that were rounded to decimals.
         seed: of the perturbations.
@@ -144,7 +149,8 @@ class LayerView:
     def _prepare(self, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x, self.dtype)
         if self._jitter:
-            x = x * (1 + self._jitter * self._rng.standard_normal(x.shape).astype(self.dtype))
+            uniform = self._rng.random(x.shape, np.float32).astype(self.dtype) - 0.5
+            x = x + x * (uniform * (self._jitter * 12**0.5))
         if self._absolute:
             x = x + self._absolute * self._rng.uniform(-1, 1, x.shape).astype(self.dtype)
         return x
@@ -172,7 +178,7 @@ class LayerView:
 
     def weight(self, stem: str) -> np.ndarray:
         """A weight: the model's, or what the reference's own taps say it must be."""
-        key = (self.layer if stem not in _GLOBAL else None, stem)
+        key = weight_key(self.layer, stem)
         if _is_large(self.run.given, key):
             raise Missing(f"{stem} whole")
         if self.run.given is not None and key in self.run.given:
@@ -191,13 +197,21 @@ class LayerView:
 
     def linear(self, stem: str, x: np.ndarray) -> np.ndarray:
         """x W^T, in the arithmetic to imitate."""
-        x, key = self._activation(stem, x), (None, stem)
-        if stem in _GLOBAL and _is_large(self.run.given, key):
-            return self.run.given.product(key, x)
+        x, key = self._activation(stem, x), weight_key(self.layer, stem)
+        if key[0] is None and _is_large(self.run.given, key):
+            made = self.run.given.product(key, x, _FACTORS.get(self.arithmetic.matmul))
+            return self._unsure(made, x, np.ones(1)) + self._bias(key)
         weight = self.weight(stem)
         if weight.shape[-1] != x.shape[-1]:
             raise Missing(f"{stem} with {x.shape[-1]} inputs")
-        return x @ weight.T
+        return self._multiply(x, weight) + self._bias(key)
+
+    def _bias(self, key: tuple[int | None, str]) -> np.ndarray:
+        """What the model adds to a product with this weight."""
+        given, name = self.run.given, (key[0], f"{key[1]}.bias")
+        return (
+            given[name].astype(self.dtype) if given is not None and name in given else np.zeros(1, self.dtype)
+        )
 
     def expert(self, stem: str, expert: int, x: np.ndarray) -> np.ndarray:
         """x (n, in) by one expert's matrix of the weight `stem` (E, out, in)."""
@@ -208,15 +222,30 @@ class LayerView:
         whole = (
             given.rows((self.layer, stem), ids) if hasattr(given, "rows") else given[self.layer, stem][ids]
         )
-        return self._activation(stem, x) @ whole[0].astype(self.dtype, copy=False).T
+        return self._multiply(self._activation(stem, x), whole[0].astype(self.dtype, copy=False))
 
     def _activation(self, stem: str, x: np.ndarray) -> np.ndarray:
         how = self.arithmetic.matmul
         if how == "partner":
-            key = (self.layer if stem not in _GLOBAL else None, stem)
-            rounding = partner(self.run.qtypes.get(key, ""))
-            return x if rounding is None else rounding(x)
-        return {"": lambda x: x, "bf16": bf16, "tf32": tf32}[how](x)
+            rounding = partner(self.run.qtypes.get(weight_key(self.layer, stem), ""))
+        else:
+            rounding = _FACTORS.get(how)
+        return x if rounding is None else rounding(x)
+
+    def _multiply(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        rounding = _FACTORS.get(self.arithmetic.matmul)
+        made = x @ (weight if rounding is None else rounding(weight)).T
+        return self._unsure(made, x, weight) if self.arithmetic.unit else made
+
+    def _unsure(self, made: np.ndarray, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """A product with random errors of `unit`, of the size that independent errors of its terms have."""
+        if not self.arithmetic.unit:
+            return made
+        rows, columns = (np.sqrt((a * a).sum(-1)) for a in (x, weight))
+        size = rows[..., None] * columns
+        size = size * (np.sqrt((made * made).mean()) / max(float(np.sqrt((size * size).mean())), 1e-300))
+        noise = self._rng.standard_normal(made.shape).astype(self.dtype)
+        return made + self.arithmetic.unit * size * noise
 
     def kv(self, x: np.ndarray, *, stored: bool = False) -> np.ndarray:
         """Keys and values as the cache holds them; queries and probabilities as the engine makes them to meet those."""
@@ -225,8 +254,63 @@ class LayerView:
         return x if rounding is None or (comma and not stored) else rounding(x)
 
 
+# Roundings of both factors of a product.
+_FACTORS = {"bf16": bf16, "f16": f16, "tf32": tf32}
+
+
 def _is_large(given: Any, key: tuple[int | None, str]) -> bool:
     return hasattr(given, "product") and key in given and given.elements(key) > LARGE
+
+
+class SomeColumns(Mapping[str, np.ndarray]):
+    """Taps of which one, `tap`, has some of its columns."""
+
+    def __init__(self, taps: Taps, tap: str, part: slice):
+        self._taps, self._tap, self._part = taps, tap, part
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._taps[name][:, self._part] if name == self._tap else self._taps[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._taps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taps)
+
+    def __len__(self) -> int:
+        return len(self._taps)
+
+
+class SomeRows(Mapping[tuple[int | None, str], np.ndarray]):
+    """A model's weights of which one, `key`, has some of its rows; what else the weights can do they still can."""
+
+    def __init__(self, weights: Any, key: tuple[int | None, str], part: slice):
+        self._weights, self._key, self._part = weights, key, part
+        self._rows: np.ndarray | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weights, name)
+
+    def elements(self, key: tuple[int | None, str]) -> int:
+        """How many numbers a weight holds."""
+        return self[key].size if key == self._key else self._weights.elements(key)
+
+    def __getitem__(self, key: tuple[int | None, str]) -> np.ndarray:
+        if key != self._key:
+            return self._weights[key]
+        if self._rows is None:
+            some = getattr(self._weights, "some", None)
+            self._rows = self._weights[key][self._part] if some is None else some(key, self._part)
+        return self._rows
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._weights
+
+    def __iter__(self) -> Iterator[tuple[int | None, str]]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class Window(Mapping[str, np.ndarray]):
@@ -255,6 +339,11 @@ class Window(Mapping[str, np.ndarray]):
 
 
 _GLOBAL = ("token_embd", "output", "output_norm")
+
+
+def weight_key(layer: int | None, stem: str) -> tuple[int | None, str]:
+    """Where a weight that a layer uses is found: its own, or the model's."""
+    return (None if stem in _GLOBAL else layer), stem
 
 
 def residual_stream(layers: Sequence[int]) -> dict[int | None, str]:

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 
 from scarlet_jax.errors import BadInput
+from scarlet_jax.tools.parity.arithmetic import Rounding
 
 LARGE = 1 << 26  # elements of a weight that is never decoded whole: a vocabulary's
 _AT_ONCE = 1 << 22
@@ -26,6 +27,7 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
         self._file = reader.read(path)
         self.metadata: Mapping[str, Any] = self._file.metadata
         self._cache: dict[str, np.ndarray] = {}
+        self._products: dict[tuple[Any, ...], np.ndarray] = {}
 
     def tensor_name(self, key: tuple[int | None, str]) -> str:
         """The file's name of a weight; a model without `output.weight` is tied."""
@@ -80,16 +82,38 @@ class ModelWeights(Mapping[tuple[int | None, str], np.ndarray]):
         """How many numbers a weight holds."""
         return int(np.prod(self._file.tensors[self.tensor_name(key)].shape))
 
-    def product(self, key: tuple[int | None, str], x: np.ndarray) -> np.ndarray:
-        """x (T, in) by the weight, some rows of it decoded at a time: for one that would not fit."""
-        name = self.tensor_name(key)
-        tensor, scale = self._file.tensors[name], self._scale(name)
+    def product(
+        self, key: tuple[int | None, str], x: np.ndarray, rounding: Rounding | None = None
+    ) -> np.ndarray:
+        """x (T, in) by the weight, some rows of it decoded (and rounded) at a time: for one that would not fit."""
+        asked = (
+            key,
+            rounding,
+            x.dtype,
+            x.shape,
+            hash(x.tobytes()),
+        )  # many a supposed cause begins with the right product
+        if asked not in self._products:
+            while len(self._products) >= 4:
+                self._products.pop(next(iter(self._products)))
+            self._products[asked] = self._product(key, x, rounding or (lambda w: w))
+        return self._products[asked]
+
+    def _product(self, key: tuple[int | None, str], x: np.ndarray, rounding: Rounding) -> np.ndarray:
+        rows = len(self._file.tensors[self.tensor_name(key)].data)
         step = max(1, _AT_ONCE // x.shape[-1])
-        made = np.empty((len(x), len(tensor.data)), x.dtype)
-        for start in range(0, len(tensor.data), step):
-            some = decode(tensor.data[start : start + step], tensor.qtype) * scale
-            made[:, start : start + step] = x @ some.astype(x.dtype, copy=False).T
+        made = np.empty((len(x), rows), x.dtype)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            made[:, part] = x @ rounding(self.some(key, part)).astype(x.dtype, copy=False).T
+        made.flags.writeable = False
         return made
+
+    def some(self, key: tuple[int | None, str], part: slice) -> np.ndarray:
+        """Some rows of a matrix, decoded alone."""
+        name = self.tensor_name(key)
+        tensor = self._file.tensors[name]
+        return decode(tensor.data[self._fused(key) or slice(None)][part], tensor.qtype) * self._scale(name)
 
     def rows(self, key: tuple[int | None, str], ids: np.ndarray) -> np.ndarray:
         """Rows `ids` of a table."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from faults import catalogue, changes, run
+from faults import catalogue, changes, large, run
 from faults.cases import changed, faulty, model, ours, reference, tokens
 from faults.dress import DRESSES
 
@@ -89,3 +89,10 @@ def test_a_head_that_is_the_table():
     with changes.apply(fault, model()) as broken:
         wrong = run.dump(broken, tokens(), 2)
     assert compare(wrong, reference())["cause"]["name"] == "wrong-weight"
+
+
+@pytest.mark.slow
+def test_a_large_head_that_is_broken_takes_less_than_a_gigabyte(tmp_path):
+    said = large.in_process(large.head(tmp_path))
+    assert said.startswith("single-op soft-cap: ")
+    assert float(said.rpartition("peak memory ")[2].split()[0]) < 0.8
