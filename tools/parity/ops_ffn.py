@@ -226,6 +226,7 @@ add(
     "moe",
     "moe",
     lambda v: v("ffn_moe_out") + v("ffn_shexp_gated"),
+    summed=lambda v: (v("ffn_moe_out"), v("ffn_shexp_gated")),
     variants={
         "missing-shared-expert": lambda v: v("ffn_moe_out"),
         "missing-experts": lambda v: v("ffn_shexp_gated"),

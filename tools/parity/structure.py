@@ -322,11 +322,15 @@ def _is_nearly(x: np.ndarray, rounding: Rounding) -> np.ndarray:
 
 
 def _noise(case: Any, _: Any) -> Found:
-    """A product with a plain matrix, wrong by little and as rounding errors are: even, normal, unlike the output.
+    """A sum, or a product with a plain matrix, wrong by little and as by rounding: even, normal, unlike the output.
 
     Not where the matrix is stored in blocks of few bits: those misread look the same.
     """
-    if case.op is None or not case.op.linear or case.tap.qtype not in ("", "F32", "F16", "BF16"):
+    if (
+        case.op is None
+        or not (case.op.linear or case.op.summed)
+        or case.tap.qtype not in ("", "F32", "F16", "BF16")
+    ):
         return
     residual, right = (x.reshape(len(x), -1) for x in (case.residual, case.right))
     size = np.linalg.norm(residual) / max(np.linalg.norm(right), 1e-300)
@@ -350,7 +354,7 @@ def _unevenness(x: np.ndarray) -> float:
 def _race(case: Any, _: Any) -> Found:
     """A few elements anywhere, large and small alike: whatever went wrong does not depend on what was computed."""
     wrong = case.wrong
-    if case.op is None or not case.op.linear or not 8 <= wrong.sum() <= 0.03 * wrong.size:
+    if not _by_token(case) or not 8 <= wrong.sum() <= 0.03 * wrong.size:
         return
     inside = wrong if case.hit is None else wrong[np.ix_(*case.hit)]
     usual, hit = (float(np.mean(np.abs(x))) for x in (case.right, case.right[wrong]))
@@ -359,9 +363,14 @@ def _race(case: Any, _: Any) -> Found:
         yield "race", 1.0, text, "structure", 1
 
 
+def _by_token(case: Any) -> bool:
+    """Whether a token's output follows from that token's inputs alone."""
+    return case.op is not None and bool(case.op.linear or case.op.pointwise or case.op.summed)
+
+
 def _garbage(case: Any, _: Any) -> Found:
     """One block of tokens and channels that has nothing to do with what it should be, in an operation by token."""
-    if case.hit is None or case.op is None or not (case.op.linear or case.op.pointwise or case.op.summed):
+    if case.hit is None or not _by_token(case):
         return
     at = np.ix_(*case.hit)
     ours, right = case.ours[at].ravel(), case.right[at].ravel()
