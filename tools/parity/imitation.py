@@ -20,6 +20,7 @@ _CACHES = (*KV_ROUNDING, *(f"{kind}, stored" for kind in KV_ROUNDING))
 # What shows how keys and values are kept: attention itself, or the nearest that was dumped.
 _ATTENDED = (("kq", "kqv", "attn_pregate"), ("attn_gated",), ("attn_output",), ("attn_residual",), ("l_out",))
 _STEP_F16 = 2.0**-24  # between numbers below 2^-14
+_OWN = 10  # a product's difference of so many times what its inputs explain is its own
 _FIRST = 16  # products looked at for how far two engines' differ
 _SAMPLED = 10  # operations looked at for each kind of rounding
 _EXPLAINED = 0.5  # share of the residual's norm that may be left
@@ -38,7 +39,7 @@ class Place:
 
 def infer(pair: local.Pair, taps: Sequence, dumps: tuple[Dump, Dump], only_ours: Sequence[str] = ()) -> None:
     """Set `pair.arithmetic` and `pair.may_round` for both sides; `only_ours` are taps of ours to look at besides."""
-    shown = [t.name for t in taps if t.metrics.norm > 0 and t.op not in ("ffn_moe_topk", "ffn_moe_argsort")]
+    shown = [t.name for t in taps if t.metrics.norm > 0 and t.op not in local.CHOSEN]
     few = shown[:: max(1, len(shown) // 24)]
     if not any(pair.sampled):
         pair.grain = (grain(pair.ours.taps, few), grain(pair.reference.taps, few))
@@ -181,22 +182,34 @@ def _difference(pair: local.Pair, products: Sequence[Place]) -> float:
             found = local.judge_whole(pair, _op(place), place.layer, place.kind, place.name)
         if found.method != "span" or found.residual is None:
             continue
-        y = np.asarray(pair.reference.taps[place.name], np.float64)
-        if found.ratio > 1:
-            noise = _noise_like(_rows(found.residual), _rows(y), found.residual, y)
+        if found.ratio > _OWN:
+            x, y = (np.asarray(pair.reference.taps[n], np.float64) for n in (found.inputs[0], place.name))
+            noise = _noise_like(_rows(found.residual), _rows(x), found.residual, y, _independent(x))
             errors.append((found.difference, noise))
         elif found.floor < 3 * found.f32_floor:
             errors.append((0.0, True))
     return _usual(errors)
 
 
-def _noise_like(rows: np.ndarray, expected: np.ndarray, residual: np.ndarray, exact: np.ndarray) -> bool:
-    """Whether a residual is spread over tokens and channels as a rounding's effect is, and unlike the output itself."""
+def _noise_like(
+    rows: np.ndarray, expected: np.ndarray, residual: np.ndarray, exact: np.ndarray, terms: float = np.inf
+) -> bool:
+    """Whether a residual is spread over tokens as a rounding's effect is, and unlike the output itself.
+
+    Chance alone makes n independent numbers alike by 1/sqrt(n); a product has no more of them than `terms`.
+    """
     ratio = rows[expected > 0] / expected[expected > 0]
     typical = float(np.median(ratio)) if ratio.size else 0.0
     even = typical > 0 and float(np.mean((ratio < 4 * typical) & (ratio > typical / 4))) > 0.9
     alike = abs(float(np.vdot(residual, exact))) / max(_norm(residual) * _norm(exact), 1e-300)
-    return even and alike < 0.3
+    return even and alike < max(0.3, 2 / min(residual.size, terms) ** 0.5)
+
+
+def _independent(x: np.ndarray) -> float:
+    """How many numbers of as many as there are in the rows of `x` weigh in its products: its participation ratio."""
+    squares = x.reshape(len(x), -1) ** 2
+    whole, fourth = squares.sum(axis=1), (squares**2).sum(axis=1)
+    return max(1.0, float((whole[fourth > 0] ** 2 / fourth[fourth > 0]).sum()))
 
 
 def _fits(pair: local.Pair, side: int, tap, candidates: Sequence[Arithmetic]) -> dict[Arithmetic, _Fit]:

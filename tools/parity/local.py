@@ -360,7 +360,7 @@ def _propagated(
 
     `product`: whether there may be one on the way from the inputs, which an engine may round.
     """
-    inherited, beside = 0.0, False
+    inherited, exchanged, beside = 0.0, 0.0, False
     for name in inputs or _neighbours(pair, tap):
         if not all(name in run.taps for run in (pair.ours, pair.reference)):
             continue
@@ -368,12 +368,17 @@ def _propagated(
         if a.shape != b.shape:
             continue
         beside = True
-        inherited = max(inherited, _norm(a - b) / max(_norm(b), 1e-300))
+        if (
+            name.rpartition("-")[0] in CHOSEN
+        ):  # another expert's output has nothing of the one's that it stands in for
+            exchanged = 2 * float(np.mean(a != b)) ** 0.5
+        else:
+            inherited = max(inherited, _norm(a - b) / max(_norm(b), 1e-300))
     rounds = any(pair.may_round) or (
         product and len(reference) == 1
     )  # of one token nothing tells the engines' ways
     rounded = _ROUNDED if rounds else UNSURE * _usual_error(pair) if product else 0.0
-    relative = np.hypot(5 * inherited, rounded) + 30 * EPS32 + 3 * max(pair.grain)
+    relative = math.hypot(5 * inherited, exchanged, rounded) + 30 * EPS32 + 3 * max(pair.grain)
     noise = np.full(reference.shape, relative * _norm(reference) / max(1, reference.size) ** 0.5)
     noise = noise + max(pair.resolution)
     difference = ours - reference
@@ -387,6 +392,7 @@ def _usual_error(pair: Pair) -> float:
     return max(pair.unit, *units)
 
 
+CHOSEN = ("ffn_moe_topk", "ffn_moe_argsort")  # taps that hold experts' numbers
 _UNITS = {"partner": 0.005, "bf16": 2.0**-9, "f16": 2.0**-12, "tf32": 2.0**-12}
 _ROUNDED = 0.02  # what 8-bit activations can do to one product
 
@@ -527,17 +533,20 @@ def _run(
 
 
 def _learn(pair: Pair, op: Op, layer: int | None, kind: str, facts: Facts) -> None:
-    """Read a weight nobody gave off the reference, for both sides to use."""
+    """Read a weight nobody gave off the reference, for both sides to use, and how far rounding may have moved it."""
     view = _view(pair, 1, layer, kind, facts)
+    shaken = _view(pair, 1, layer, kind, facts, jitter=EPS32, seed=4)
     target = np.asarray(pair.reference.taps[view.tap_name(op.name)], np.float64)
+    rounded = target * (1 + EPS32 * np.random.default_rng(5).standard_normal(target.shape))
     try:
-        learned = op.fit(view, target)
+        learned, again = op.fit(view, target), op.fit(shaken, rounded)
     except ValueError:  # other rows than the inputs have
         raise Missing(op.weight) from None
     for stem, value in learned.items():
         key = (None if stem in ("output_norm",) else layer, stem)
-        pair.reference.learned[key] = value
-        pair.ours.learned[key] = value
+        for run in (pair.reference, pair.ours):
+            run.learned[key] = value
+            run.unsure[key] = (again[stem] - value) / EPS32
 
 
 def _predict(

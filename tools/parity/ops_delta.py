@@ -48,7 +48,7 @@ def _fit_conv(v: Any, y: np.ndarray) -> Mapping[str, np.ndarray]:
     shifted = np.stack([padded[j : j + len(y)] for j in range(width)], axis=-1).transpose(
         1, 0, 2
     )  # (C, T, W)
-    kernel = (np.linalg.pinv(shifted, rcond=1e-9) @ y.T[:, :, None])[..., 0]
+    kernel = (np.linalg.pinv(shifted, rcond=1e-13) @ y.T[:, :, None])[..., 0]
     energy = (shifted**2).sum(axis=(1, 2))
     return {"ssm_conv1d": np.where(np.isnan(known(energy))[:, None], np.nan, kernel)}
 

@@ -50,15 +50,17 @@ class Run:
         learned: weights nobody gave, as read off the reference: (layer, stem) -> array.
         given: the model's own weights, or None.
         qtypes: (layer, stem) -> quant type, for the partner arithmetic.
+        unsure: of a learned weight, how far it moves for each unit of the taps' relative rounding.
     """
 
     taps: Taps
     kinds: Mapping[int, str]
     before: Mapping[int | None, str]
     facts: Facts
-    learned: Mapping[tuple[int | None, str], np.ndarray]
+    learned: dict[tuple[int | None, str], np.ndarray]
     given: Weights | None
     qtypes: Mapping[tuple[int | None, str], str]
+    unsure: dict[tuple[int | None, str], np.ndarray] = dataclasses.field(default_factory=dict)
 
     def view(self, layer: int | None, kind: str, facts: Facts | None = None, **options: Any) -> LayerView:
         """The run around one layer; None is the end of the model."""
@@ -184,8 +186,15 @@ class LayerView:
         if self.run.given is not None and key in self.run.given:
             return self.run.given[key].astype(self.dtype, copy=False)
         if key in self.run.learned:
-            return self.run.learned[key].astype(self.dtype, copy=False)
+            return self._learned(key).astype(self.dtype, copy=False)
         raise Missing(stem)
+
+    def _learned(self, key: tuple[int | None, str]) -> np.ndarray:
+        """What was read off taps, moved with them: a channel that was almost still tells its weight badly."""
+        value = self.run.learned[key]
+        return (
+            value + self._jitter * self.run.unsure[key] if self._jitter and key in self.run.unsure else value
+        )
 
     def rows(self, stem: str, ids: np.ndarray) -> np.ndarray:
         """Some rows of a table, decoded alone."""
