@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # `EXTRAS=test` leaves out torch and transformers (large); the tests against them are then skipped.
 EXTRAS ?= test,transformers
+# Tests differ in length by a hundred times: idle processes take over others' tests.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 , := ,
 INSTALLED = $(VENV)/installed-$(subst $(,),-,$(EXTRAS))
@@ -15,10 +17,10 @@ demo: $(DEMO)
 	@PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh
 
 test: $(INSTALLED) lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest $(PARALLEL) -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
