@@ -59,6 +59,12 @@ def test_a_slip_in_a_kernel_is_named(name, setting):
         assert outcome.cause or (needs_weights and outcome.cause is not False), outcome.said
 
 
+def test_experts_outputs_are_judged_by_their_inputs_alone():
+    """Where the same experts were chosen, what they give has no excuse; experts' numbers may not be quite whole."""
+    (outcome,) = run.outcomes("m", ("dumps",), "expert-down-tail", run.COLLECTIONS["slips"])
+    assert (outcome.verdict, outcome.first, outcome.klass) == (True,) * 3, outcome.said
+
+
 def test_the_origin_fault():
     """One high-bit mask for both nibbles, on a stock mix whose attn_qkv is Q5_K."""
     results = [r for r in run.misread_outcomes(("model",), "one mask") if r.setting == "Q4_K_M/model"]

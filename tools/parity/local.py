@@ -368,10 +368,9 @@ def _propagated(
         if a.shape != b.shape:
             continue
         beside = True
-        if (
-            name.rpartition("-")[0] in CHOSEN
-        ):  # another expert's output has nothing of the one's that it stands in for
-            exchanged = 2 * float(np.mean(a != b)) ** 0.5
+        if name.rpartition("-")[0] in CHOSEN:
+            # Another expert's output has nothing of the one's that it stands in for.
+            exchanged = 2 * float(np.mean(np.rint(a) != np.rint(b))) ** 0.5
         else:
             inherited = max(inherited, _norm(a - b) / max(_norm(b), 1e-300))
     rounds = any(pair.may_round) or (
