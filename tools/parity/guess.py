@@ -8,7 +8,7 @@ product, a rotation, something that looks back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ _VAGUE = {
     **dict.fromkeys(("branch-gain", "residual-gain"), 3),
     **dict.fromkeys(("softmax-normalisation", "state-reset"), 4),
     **dict.fromkeys(("activation", "approximation"), 5),
+    **dict.fromkeys(("block-scale", "block-minimum"), 6),
     **{"rope-angle": 6, "conv-kernel": 7},
 }
 
@@ -51,7 +52,7 @@ def hypotheses(case: Case) -> list[Hypothesis]:
     if case.op.normed is not None:
         looks += [_denominator, _few_channels]
     if case.op.pointwise is not None:
-        looks += [_other_function, _of_two]
+        looks += [_other_function, _of_two, _in_steps]
     if case.op.summed is not None:
         looks += [_other_sum]
     found = []
@@ -128,22 +129,61 @@ def _few_channels(case: Case) -> Iterator[Guess]:
 # --- elementwise functions: out = factor * g(x) ----------------------------------------------------------------
 
 
-def _other_function(case: Case) -> Iterator[Guess]:
-    """Some other function of the same input, read off the even tokens and tried on the odd ones."""
+class _Samples(NamedTuple):
+    """A function of one input as the even tokens show it: (n,) arrays in order of x, and x and factor everywhere.
+
+    `ours` and `right` are what the two functions give, the factor taken out.
+    """
+
+    known: np.ndarray
+    ours: np.ndarray
+    right: np.ndarray
+    x: np.ndarray
+    factor: np.ndarray
+
+
+def _samples(case: Case) -> _Samples:
     x, factor = (np.broadcast_to(part, case.ours.shape) for part in _shaped(case))
     fit, held = case.halves()
-    usable = np.abs(factor) > 1e-3 * np.abs(factor).max()
-    known, y = x[fit][usable[fit]], (case.ours[fit] / np.where(usable[fit], factor[fit], 1))[usable[fit]]
+    usable = (np.abs(factor) > 1e-3 * np.abs(factor).max())[fit]
+    known = x[fit][usable]
     if known.size < 64 or fit == held:
-        return
+        raise Missing("enough inputs")
     order = np.argsort(known)
-    candidate = factor * np.interp(x, known[order], y[order])
-    at = np.quantile(known, (0.1, 0.5, 0.9))
-    shown = ", ".join(
-        f"g({a:.2g}) = {v:.3g}" for a, v in zip(at, np.interp(at, known[order], y[order]), strict=True)
-    )
+    ours, right = (y[fit][usable][order] / factor[fit][usable][order] for y in (case.ours, case.right))
+    return _Samples(known[order], ours, right, x, factor)
+
+
+def _other_function(case: Case) -> Iterator[Guess]:
+    """Some other function of the same input, read off the even tokens and tried on the odd ones."""
+    seen = _samples(case)
+    candidate = seen.factor * np.interp(seen.x, seen.known, seen.ours)
+    at = np.quantile(seen.known, (0.1, 0.5, 0.9))
+    values = np.interp(at, seen.known, seen.ours)
+    shown = ", ".join(f"g({a:.2g}) = {v:.3g}" for a, v in zip(at, values, strict=True))
     name = "approximation" if _close(candidate, case.right) else "activation"
-    yield f"{name}, another function of the same input: {shown}", candidate, held
+    yield f"{name}, another function of the same input: {shown}", candidate, case.halves()[1]
+
+
+def _in_steps(case: Case) -> Iterator[Guess]:
+    """A function that stays where it is and then jumps: a table of which the nearest entry is taken.
+
+    Where it jumps is known no better than the inputs lie apart: one that is held out may be on either side.
+    """
+    seen = _samples(case)
+    still = np.abs(np.diff(seen.ours)) < 0.01 * np.abs(np.diff(seen.right))
+    if still.mean() < 0.5:
+        return
+    above = np.clip(np.searchsorted(seen.known, seen.x), 1, len(seen.known) - 1)
+    either = [seen.factor * seen.ours[side] for side in (above - 1, above)]
+    nearest = np.abs(case.ours - either[0]) < np.abs(case.ours - either[1])
+    text = f"approximation, a function in steps, of {_distinct(seen.ours)} values"
+    yield text, np.where(nearest, *either), case.halves()[1]
+
+
+def _distinct(y: np.ndarray) -> int:
+    """How many values there are, those as near as f32 can tell being one."""
+    return 1 + int((np.diff(np.sort(y)) > 1e-6 * np.abs(y).max()).sum())
 
 
 def _close(candidate: np.ndarray, right: np.ndarray) -> bool:
@@ -212,30 +252,49 @@ def _temperature(case: Case) -> Iterator[Guess]:
 
 @of("kq_soft_max", "ffn_moe_probs")
 def _other_exponential(case: Case) -> Iterator[Guess]:
-    """Another function in place of the exponential, read off the even rows and tried on the odd ones."""
+    """Another function in place of the exponential, of what a score lies below the largest that is seen."""
+    below = np.log(np.maximum(case.right, 1e-30) / np.maximum(case.right.max(axis=-1, keepdims=True), 1e-30))
+    yield from exponential_of(case, below, "scores below the largest seen")
+
+
+def exponential_of(case: Case, x: np.ndarray, word: str) -> Iterator[Guess]:
+    """Another function of `x` in place of the exponential, read off the even rows and tried on the odd ones."""
     fit, held = case.halves()
-    right, ours = (np.maximum(x, 0) for x in (case.right, case.ours))
-    top = right.argmax(axis=-1)[..., None]
-    scores, ratio = (x / np.take_along_axis(x, top, axis=-1) for x in (right, ours))
-    scores = np.log(np.maximum(scores, 1e-30))
-    seen = right > 0
-    known, y = scores[fit][seen[fit]], ratio[fit][seen[fit]]
-    if known.size < 64 or fit == held or not np.isfinite(y).all():
+    seen = (case.right > 0) & (case.ours > 0)
+    if seen[fit].sum() < 64 or fit == held:
         return
-    order = np.argsort(known)
-    made = np.where(seen, np.interp(scores, known[order], y[order]), 0)
-    candidate = _normalised_rows(made)
+    error = np.log(np.where(seen, case.ours, 1) / np.where(seen, case.right, 1))
+    factor = np.exp(_curve(x, error, seen, fit))
+    made = np.where(seen, case.right * factor, 0)
+    candidate = made / np.maximum(made.sum(axis=-1, keepdims=True), 1e-300)
     if _close(candidate, case.right):
-        yield "approximation, another function in place of the exponential", candidate, held
+        yield f"approximation, another function in place of the exponential, of {word}", candidate, held
 
 
-def _normalised_rows(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(x.sum(axis=-1, keepdims=True), 1e-300)
+def _curve(x: np.ndarray, error: np.ndarray, seen: np.ndarray, fit: slice) -> np.ndarray:
+    """The function of x that the errors are, but for a constant in every row: what the row's sum is off by.
+
+    Function and constants are found in turn, on some of the rows in `fit`.
+    """
+    rows = slice(None, None, 1 + (x[fit].size >> 16))
+    known, wrong, told = (part[fit][rows] for part in (x, error, seen))
+    order = np.argsort(known[told])
+    at, constant = known[told][order], 0.0
+    for _ in range(_TURNS):
+        y = (wrong + constant)[told][order]
+        constant = _mean(np.interp(known, at, y) - wrong, told)
+    return np.interp(x, at, y)
+
+
+_TURNS = 100
+
+
+def _mean(x: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    return np.where(seen, x, 0).sum(-1, keepdims=True) / np.maximum(seen.sum(-1, keepdims=True), 1)
 
 
 def _centred(x: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    mean = np.where(seen, x, 0).sum(-1, keepdims=True) / np.maximum(seen.sum(-1, keepdims=True), 1)
-    return np.where(seen, x - mean, 0)
+    return np.where(seen, x - _mean(x, seen), 0)
 
 
 @of("kq_soft_max", "ffn_moe_probs")
@@ -248,6 +307,21 @@ def _total(case: Case) -> Iterator[Guess]:
     total = np.divide(ours, right, out=np.ones_like(ours), where=right > 0)
     text = f"softmax-normalisation, each row sums to another total, {case.ours.sum(-1).min():.3g} to "
     yield text + f"{case.ours.sum(-1).max():.3g}", total * case.right
+
+
+@of("ffn_moe_weights_norm")
+def _other_divisor(case: Case) -> Iterator[Guess]:
+    """The chosen weights over something else than their sum: a multiple of it and a constant."""
+    weights = flat(case.view("ffn_moe_weights")).astype(np.float64)
+    ours, total = case.ours.reshape(weights.shape), weights.sum(axis=-1, keepdims=True)
+    fit, held = case.halves()
+    terms = np.stack([(ours * total)[fit].ravel(), ours[fit].ravel()], axis=1)
+    (a, b), *_ = np.linalg.lstsq(terms, weights[fit].ravel(), rcond=None)
+    yield (
+        f"router, the weights are divided by {a:.4g} times their sum plus {b:.4g}",
+        weights / (a * total + b),
+        held,
+    )
 
 
 # --- tables: out = table[ids] ----------------------------------------------------------------------------------
@@ -283,7 +357,7 @@ def inputs_alone(case: Case) -> list[Hypothesis]:
         return found
     try:
         x, w = _operands(case)
-        for guess in (*_missing_inputs(case, x, w), *_permuted_inputs(case, x, w)):
+        for guess in (*_missing_inputs(case, x, w), *_permuted_inputs(case, x, w), *_blocks(case, x, w)):
             found.append(_scored(case, *guess))
     except FAILURES:
         pass
@@ -323,6 +397,29 @@ def _missing_inputs(case: Case, x: np.ndarray, w: np.ndarray) -> Iterator[Guess]
     )
     word = {"missing-inputs": "left out", "double-inputs": "counted twice"}.get(name, "scaled otherwise")
     yield f"{name}, inputs {listed(off)} of {len(counted)} are {word}", candidate, held
+
+
+_BLOCKS = (8, 16, 32, 64, 128, 256)
+_ROWS = 192  # of a weight that are looked at: what is wrong with its blocks is so in every row
+
+
+def _blocks(case: Case, x: np.ndarray, w: np.ndarray) -> Iterator[Guess]:
+    """Blocks of a weight's rows with another scale or another minimum each, as wrongly read ones have."""
+    fit, held = case.halves()
+    rows = np.linspace(0, len(w) - 1, min(_ROWS, len(w))).astype(int)
+    residual = case.residual.reshape(len(x), -1)[:, rows]
+    for size in (n for n in _BLOCKS if w.shape[1] % n == 0):
+        count = w.shape[1] // size
+        if count < 2 or 2 * count > len(x[fit]):
+            continue
+        inputs, blocks = x.reshape(len(x), count, size), w[rows].reshape(len(rows), count, size)
+        scaled = np.einsum("tbi,obi->otb", inputs, blocks)
+        shifted = np.broadcast_to(inputs.sum(axis=-1), scaled.shape)
+        for name, word, terms in (("block-scale", "scale", scaled), ("block-minimum", "minimum", shifted)):
+            found = np.linalg.pinv(terms[:, fit], rcond=1e-9) @ residual[fit].T[..., None]
+            candidate = case.ours.reshape(len(x), -1).copy()
+            candidate[:, rows] = case.right.reshape(len(x), -1)[:, rows] + (terms @ found)[..., 0].T
+            yield f"{name}, every block of {size} weights has another {word}", candidate, held
 
 
 def _permuted_inputs(case: Case, x: np.ndarray, w: np.ndarray) -> Iterator[Guess]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ from scarlet_jax.tools.parity import formulas as f
 from scarlet_jax.tools.parity.arithmetic import ROUNDINGS
 from scarlet_jax.tools.parity.case import Case, listed
 from scarlet_jax.tools.parity.graph import Missing, heads
-from scarlet_jax.tools.parity.guess import Guess, of, per_group
+from scarlet_jax.tools.parity.guess import Guess, exponential_of, of, per_group
 from scarlet_jax.tools.parity.ops_attention import all_scores, angles, fitted_angles
 from scarlet_jax.tools.parity.ops_delta import by_chunk, conv_by_chunk, conv_input, delta, key_heads
 
@@ -33,6 +35,15 @@ def _mask(case: Case) -> Iterator[Guess]:
     lost, extra = (int(x.any(axis=1).sum()) for x in (causal & ~seen, seen & ~causal))
     text = f"mask, {lost} pairs of query and key that should be seen are not, {extra} that should not are"
     yield text, f.softmax(np.where(seen, scores, -np.inf))
+
+
+@of("kq_soft_max")
+def _exponential(case: Case) -> Iterator[Guess]:
+    """Another function in place of the exponential, where the largest score was not looked for among those seen."""
+    scores = all_scores(case.view) * case.view.facts.head_dim**-0.5
+    below = scores - scores.max(axis=-1, keepdims=True)
+    for x, word in ((below, "scores below the largest, seen or not"), (scores, "scores as they are")):
+        yield from exponential_of(case, x.reshape(case.ours.shape), word)
 
 
 @of("kq")
@@ -330,6 +341,40 @@ def _other_heads(case: Case) -> Iterator[Guess]:
                 case, [delta(case.view, out=out, **twist(n)) for n in range(choices)], axis
             )
             yield text.format(chosen.tolist()), best
+
+
+# (cause, keyword of `delta`, tap, in words)
+_LIMITED = (("decay", "g", "gate", "log decay"), ("saturation", "beta", "beta_sigmoid", "write strength"))
+_SIDES = {"below": np.maximum, "above": np.minimum}
+
+
+@of("attn_output:ssm", "new_state:ssm")
+def _limited(case: Case) -> Iterator[Guess]:
+    """Decays or write strengths that go no further than a limit, which only the delta rule sees."""
+    if case.ours.size > 1 << 20:
+        return
+    for (cause, operand, tap, word), side in itertools.product(_LIMITED, _SIDES):
+        made = functools.partial(_with_limit, case, operand, side)
+        bound = _best_limit(case, np.sort(case.view(tap), axis=None), made)
+        yield f"{cause}, no {word} is {side} {bound:.4g}", made(bound)
+
+
+def _with_limit(case: Case, operand: str, side: str, bound: float) -> np.ndarray:
+    change = {operand: lambda x: _SIDES[side](x, x.dtype.type(bound))}
+    return delta(case.view, out=int(case.op.name == "new_state"), **change).reshape(case.ours.shape)
+
+
+def _best_limit(case: Case, values: np.ndarray, made: Callable[[float], np.ndarray]) -> float:
+    """The limit among sorted `values` that explains most; on either side of it one explains less and less."""
+    from scipy.optimize import minimize_scalar
+
+    def at(part: float) -> float:
+        return float(np.interp(part, np.linspace(0, 1, len(values)), values))
+
+    found = minimize_scalar(
+        lambda part: -case.share(made(at(part))), bounds=(0, 1), options={"maxiter": 30, "xatol": 1e-6}
+    )
+    return at(found.x)
 
 
 def _same_for_all(n: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -272,9 +272,13 @@ def _supposed_inputs(x: np.ndarray, facts: Any) -> Iterator[tuple[str, str, np.n
         yield "input-permutation", f"the input's channels are {label}", x[:, index]
     for count in range(1, n // 2 + 1) if n <= 1024 else ():
         for label, part in (("last", slice(n - count, n)), ("first", slice(0, count))):
-            kept = x.copy()
-            kept[:, part] = 0
-            yield "missing-inputs", f"the {label} {count} of {n} inputs are left out", kept
+            for name, times, word in (
+                ("missing-inputs", 0, "are left out"),
+                ("double-inputs", 2, "count twice"),
+            ):
+                changed = x.copy()
+                changed[:, part] *= times
+                yield name, f"the {label} {count} of {n} inputs {word}", changed
 
 
 def tied_head(case: Any, pair: Any, make: Make) -> list[Any]:
