@@ -2,8 +2,9 @@
 
 import itertools
 
+import numpy as np
 import pytest
-from faults import catalogue, run
+from faults import catalogue, changes, run
 
 QUICK = (
     *("norm-offset-missing", "eps-1e-5", "key-heads-repeated", "query-scale-missing", "decay-after-update"),
@@ -57,6 +58,50 @@ def test_a_slip_in_a_kernel_is_named(name, setting):
         assert (outcome.verdict, outcome.first, outcome.klass) == (True,) * 3, outcome.said
         needs_weights = setting == "dumps" and name == "mixer-out-eight-bit-inputs"
         assert outcome.cause or (needs_weights and outcome.cause is not False), outcome.said
+
+
+# (collection, model, setting, fault): what was unnamed, or taken for noise, until a rule was found.
+LEARNED = (
+    ("ports", "m", "dumps", "ffn-silu-table"),
+    ("ports", "b", "dumps", "down-tail-twice"),
+    ("slips", "b", "model", "down-scales-of-the-next-block"),
+    ("slips", "b", "model", "down-without-minimum"),
+    ("slips", "m", "model", "softmax-quick-exp"),
+    ("unseen", "m", "dumps", "decay-not-below-a-half"),
+    ("unseen", "m", "dumps", "weights-over-their-sum-plus-one"),
+    ("unseen", "b", "model", "own-key-not-stored-yet"),
+    ("unseen", "b", "dumps", "rms-of-the-token-before"),
+)
+
+
+@pytest.mark.parametrize(("collection", "size", "setting", "name"), LEARNED)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_what_was_learned_stays(collection, size, setting, name):
+    (outcome,) = run.outcomes(size, (setting,), name, run.COLLECTIONS[collection])
+    assert (outcome.verdict, outcome.first, outcome.klass, outcome.cause) == (True,) * 4, outcome.said
+
+
+def _blurred(w, *_):
+    return w * (1 + 0.3 * np.random.default_rng(1).standard_normal(w.shape))
+
+
+def _shaken(x, _get):
+    return x + 0.02 * x.std() * np.random.default_rng(1).standard_normal(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "tap"),
+    [
+        (changes.weights(r"ffn_down\.weight", _blurred), "ffn_out"),
+        (changes.tap("ffn_swiglu.*", _shaken), "ffn_swiglu"),
+    ],
+    ids=["weights", "outputs"],
+)
+def test_what_is_wrong_without_a_structure_gets_no_name(change, tap):
+    """Neither blocks nor steps are seen in errors that have none."""
+    fault = changes.Fault("nameless", "ffn", change, (tap,), ("ffn",), ())
+    (outcome,) = run.outcomes("b", ("model",), faults=[fault])
+    assert (outcome.verdict, outcome.first, outcome.cause) == (True, True, None), outcome.said
 
 
 def test_experts_outputs_are_judged_by_their_inputs_alone():

@@ -194,7 +194,7 @@ def _difference(pair: local.Pair, products: Sequence[Place]) -> float:
 def _noise_like(
     rows: np.ndarray, expected: np.ndarray, residual: np.ndarray, exact: np.ndarray, terms: float = np.inf
 ) -> bool:
-    """Whether a residual is spread over tokens as a rounding's effect is, and unlike the output itself.
+    """Whether a residual is spread over tokens as a rounding's effect is, in most elements, and unlike the output.
 
     Chance alone makes n independent numbers alike by 1/sqrt(n); a product has no more of them than `terms`.
     """
@@ -202,7 +202,15 @@ def _noise_like(
     typical = float(np.median(ratio)) if ratio.size else 0.0
     even = typical > 0 and float(np.mean((ratio < 4 * typical) & (ratio > typical / 4))) > 0.9
     alike = abs(float(np.vdot(residual, exact))) / max(_norm(residual) * _norm(exact), 1e-300)
-    return even and alike < max(0.3, 2 / min(residual.size, terms) ** 0.5)
+    return even and _in_most(residual[exact != 0]) and alike < max(0.3, 2 / min(residual.size, terms) ** 0.5)
+
+
+def _in_most(residual: np.ndarray) -> bool:
+    """Whether hardly an element is exact: rounding leaves few as they were, a wrong slot or channel all others."""
+    return (
+        residual.size > 0
+        and float(np.mean(np.abs(residual) > 1e-3 * _norm(residual) / residual.size**0.5)) > 0.5
+    )
 
 
 def _independent(x: np.ndarray) -> float:

@@ -98,7 +98,9 @@ def _whole_layer(tap: Tap) -> bool:
 
 
 def _agrees(reader: Tap, tap: Tap) -> bool:
-    """Whether an operation that reads `tap` has nothing of its divergence."""
+    """Whether an operation that reads `tap` has nothing of its divergence; numbers that are none agree with nothing."""
+    if reader.metrics.not_finite[0] > reader.metrics.not_finite[1]:
+        return False
     own = reader.local.f32_floor * 10
     if reader.local.method in ("propagated", "alone"):  # a floor that is made of its inputs' divergence
         own = 1e-3 * tap.metrics.relative_l2
