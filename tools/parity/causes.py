@@ -67,10 +67,11 @@ def _explain(pair: Pair, tap: Tap, weights: Any) -> Hypothesis | None:
     found += swaps.other_weights(case, known, Hypothesis)
     if case.op is not None and case.op.weight:
         found += bits.hypotheses(case, weights, Hypothesis) if weights is not None and tap.qtype else []
-    best = _best([h for h in found if h.explained >= ENOUGH])
-    if best is None or best.name in PLACES:
-        return _best(structure.hypotheses(case, pair, Hypothesis, structure.LAST)) or best
-    return best
+    enough = [h for h in found if h.explained >= ENOUGH]
+    causes, places = ([h for h in enough if (h.name in PLACES) == place] for place in (False, True))
+    return (
+        _best(causes) or _best(structure.hypotheses(case, pair, Hypothesis, structure.LAST)) or _best(places)
+    )
 
 
 def _first_wrong(tap: Tap) -> int:

@@ -107,6 +107,7 @@ def delta_rule(
     state,
     *,
     rounding=None,
+    entering=None,
     decay_last=False,
     correct=True,
     read_first=False,
@@ -126,6 +127,7 @@ def delta_rule(
         beta: write strength.
         state: the state before the first token.
         rounding: applied to the state after every token (a state kept in low precision).
+        entering: applied to the state before every token (a state that heads share).
         decay_last: the state decays after the update instead of before.
         correct: subtract what the state already says of this key (False: plain gated linear attention).
         read_first: the output reads the state before the update.
@@ -136,6 +138,8 @@ def delta_rule(
     o = np.empty_like(v)
     for t in range(len(v)):
         decay = np.exp(g[t])[:, None, None]
+        if entering is not None:
+            state = entering(state)
         if read_before:
             o[t] = np.matmul(state, q[t][:, :, None])[..., 0]
         before = state

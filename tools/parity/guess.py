@@ -7,6 +7,7 @@ product, a rotation, something that looks back.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -350,44 +351,77 @@ def _other_rows(case: Case) -> Iterator[Guess]:
 _INPUTS = 2048  # wider products are not taken apart input by input
 
 
+class _Product(NamedTuple):
+    """One matrix and the rows of a case that it makes: all, or those of one expert. x (rows, in), w (out, in)."""
+
+    rows: np.ndarray
+    x: np.ndarray
+    w: np.ndarray
+
+
 def inputs_alone(case: Case) -> list[Hypothesis]:
     """Some inputs of a product left out, counted twice, or taken in another order, read off by least squares."""
     found: list[Hypothesis] = []
-    if case.op is None or case.view is None or not case.op.linear or not np.isfinite(case.ours).all():
+    if case.op is None or case.view is None or not case.op.weight or not np.isfinite(case.ours).all():
         return found
     try:
-        x, w = _operands(case)
-        for guess in (*_missing_inputs(case, x, w), *_permuted_inputs(case, x, w), *_blocks(case, x, w)):
+        products = _products(case)
+        looks = [_missing_inputs(case, products)]
+        if len(products) == 1:
+            looks += [look(case, products[0].x, products[0].w) for look in (_permuted_inputs, _blocks)]
+        for guess in itertools.chain(*looks):
             found.append(_scored(case, *guess))
     except FAILURES:
         pass
     return found
 
 
-def _operands(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """The product's input (T, in) and weight (out, in)."""
-    seen: list[np.ndarray] = []
-    view, original = case.view.fresh(), case.view.linear
+def _products(case: Case) -> list[_Product]:
+    """The products that the operation is, a matrix each."""
+    made: list[tuple[np.ndarray, np.ndarray]] = []
+    asked: list[np.ndarray] = []  # rows of each expert
+    view, linear, expert = case.view.fresh(), case.view.linear, case.view.expert
 
-    def linear(stem: str, x: np.ndarray) -> np.ndarray:
+    def by_matrix(stem: str, x: np.ndarray) -> np.ndarray:
         if stem == case.op.weight:
-            seen.append(x)
-        return original(stem, x)
+            made.append((x, view.weight(stem)))
+        return linear(stem, x)
 
-    view.linear = linear
+    def by_expert(stem: str, number: int, x: np.ndarray) -> np.ndarray:
+        if stem == case.op.weight:
+            made.append((x, view.weight(stem)[number]))
+            asked.append(np.flatnonzero(case.experts == number))
+        return expert(stem, number, x)
+
+    view.linear, view.expert = by_matrix, by_expert
     case.op.run(view)
-    x, w = flat(seen[0]), case.view.weight(case.op.weight).astype(np.float64)
-    if w.ndim != 2 or w.shape[1] > _INPUTS or w.shape[1] != x.shape[1]:
+    if not made or (not asked and len(made) > 1):
         raise Missing(case.op.weight)
-    return x.astype(np.float64), w
+    rows = asked or [np.arange(len(case.ours))]
+    products = [
+        _Product(at, flat(x).astype(np.float64), w.astype(np.float64))
+        for at, (x, w) in zip(rows, made, strict=True)
+    ]
+    for at, x, w in products:
+        if w.ndim != 2 or w.shape[1] > _INPUTS or x.shape != (len(at), w.shape[1]):
+            raise Missing(case.op.weight)
+    return products
 
 
-def _missing_inputs(case: Case, x: np.ndarray, w: np.ndarray) -> Iterator[Guess]:
+def _missing_inputs(case: Case, products: list[_Product]) -> Iterator[Guess]:
     fit, held = case.halves()
-    residual = case.residual.reshape(len(x), -1)
-    gram = (x[fit].T @ x[fit]) * (w.T @ w)
-    counted, *_ = np.linalg.lstsq(gram, ((x[fit].T @ residual[fit]) * w.T).sum(1), rcond=1e-12)
-    candidate = case.right.reshape(len(x), -1) + (x * counted) @ w.T
+    residual, right = (x.reshape(len(case.ours), -1) for x in (case.residual, case.right))
+    fitted = np.zeros(len(residual), bool)
+    fitted[fit] = True
+    gram, seen = 0.0, 0.0
+    for rows, x, w in products:
+        use = fitted[rows]
+        gram = gram + (x[use].T @ x[use]) * (w.T @ w)
+        seen = seen + ((x[use].T @ residual[rows[use]]) * w.T).sum(1)
+    counted, *_ = np.linalg.lstsq(gram, seen, rcond=1e-12)
+    candidate = right.copy()
+    for rows, x, w in products:
+        candidate[rows] += (x * counted) @ w.T
     off = np.flatnonzero(np.abs(counted) > 0.05)
     if not len(off) or len(off) > 0.5 * len(counted):
         return

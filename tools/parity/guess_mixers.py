@@ -324,7 +324,7 @@ def _state_jump(case: Case) -> Iterator[Guess]:
 
 @of("attn_output:ssm", "new_state:ssm")
 def _other_heads(case: Case) -> Iterator[Guess]:
-    """Each value head with the key head, decay or write strength of the head that fits best."""
+    """Each value head with the key head, decay, write strength or state of the head that fits best."""
     out = int(case.op.name == "new_state")
     axis = 0 if out else 1
     count, keys = case.view("v_conv_predelta").shape[1], case.view("k_conv_predelta").shape[1]
@@ -334,6 +334,10 @@ def _other_heads(case: Case) -> Iterator[Guess]:
         "head-permutation, value heads read key heads {}": (keys, lambda n: {"read": np.full(count, n)}),
         "decay, value heads decay as heads {}": (count, lambda n: {"g": _same_for_all(n)}),
         "missing-beta, value heads write as heads {}": (count, lambda n: {"beta": _same_for_all(n)}),
+        "state-aliasing, value heads have the states of heads {}": (
+            count,
+            lambda n: {"entering": _one_state(n)},
+        ),
     }
     for text, (choices, twist) in tries.items():
         if choices > 1:
@@ -381,6 +385,10 @@ def _same_for_all(n: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: np.repeat(x[:, n : n + 1], x.shape[1], axis=1)
 
 
+def _one_state(n: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda states: np.repeat(states[n : n + 1], len(states), axis=0)
+
+
 @of("final_output:ssm")
 def _other_gate_heads(case: Case) -> Iterator[Guess]:
     """The right norm, gated by other heads' gates."""
@@ -422,3 +430,23 @@ def _other_experts(case: Case) -> Iterator[Guess]:
     if found:
         text = ", ".join(f"{a} computes with {b}'s weights" for a, b in list(found.items())[:4])
         yield f"expert-permutation, expert {text}", candidate
+
+
+@of("ffn_moe_gate", "ffn_moe_up", "ffn_moe_down")
+def _expert_stride(case: Case) -> Iterator[Guess]:
+    """Experts' matrices read with another distance between them: each one's rows begin by so much more beside."""
+    stacked = case.view.weight(case.op.weight)
+    _, rows, width = stacked.shape
+    flat_rows = stacked.reshape(-1, width)
+    for by in (sign * step for step in _STEPS if step < rows for sign in (-1, 1)):
+        view = case.view.fresh()
+
+        def expert(_stem: str, number: int, x: np.ndarray, by: int = by) -> np.ndarray:
+            start = number * (rows + by)
+            return x @ flat_rows[np.arange(start, start + rows) % len(flat_rows)].T
+
+        view.expert = expert
+        yield f"expert-stride, expert n begins {by:+d} n rows from where it should", case.op.run(view)
+
+
+_STEPS = (1, 2, 4, 8, 16, 32)  # rows: off by one, or by what padding adds

@@ -205,8 +205,10 @@ def _formula(
     if unmodelled > 10 * _norm(noise):
         moved = _norm((own.value - predicted.value)[told]) / max(_norm(predicted.value[told]), 1e-300)
         noise = np.hypot(noise, unmodelled / max(1, noise.size) ** 0.5 * min(1.0, 3 * moved + 1e-6))
+    # What only one side shows, the other computes from taps that it has: both are read.
+    inputs = tuple(dict.fromkeys((*own.inputs, *predicted.inputs)))
     return _local(
-        "formula", left - right, left, right, noise, f32, reference, (*own.inputs,), facts, ours_residual=left
+        "formula", left - right, left, right, noise, f32, reference, inputs, facts, ours_residual=left
     )
 
 

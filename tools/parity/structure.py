@@ -230,6 +230,41 @@ def _same_rows(case: Any) -> Found:
         yield "stale-row", explained, f"every row is that of token {token}", "structure", 2
 
 
+def _one_row(case: Any, _: Any) -> Found:
+    """Wrong tokens that hold one row among them, whosever it is."""
+    if case.hit is None or len(case.hit[0]) < 4:
+        return
+    first, others = case.hit[0][0], case.hit[0][1:]
+    candidate = case.right.copy()
+    candidate[others] = case.ours[first]
+    looked_up = case.op is not None and case.op.klass == "embedding"
+    text = f"tokens {listed(case.hit[0])} hold one and the same row"
+    yield "token-clamp" if looked_up else "stale-row", case.share(candidate, others), text, "structure", 5
+
+
+def _id_offset(case: Any, _: Any) -> Found:
+    """Wrong tokens hold the rows of ids that lie by one number beside, as far as those are in the prompt."""
+    if case.hit is None or case.op is None or case.op.klass != "embedding" or case.view is None:
+        return
+    ids, wrong = np.asarray(case.view.facts.tokens)[slice(*case.view.facts.kept)], case.hit[0]
+    if len(ids) != len(case.ours):
+        return
+    where = {int(i): t for t, i in enumerate(ids)}
+    everywhere = np.ones(case.ours.shape[1:], bool).ravel()
+    rows = case.right.reshape(len(ids), -1)
+    nearest = {t: _nearest(case.ours[t].ravel(), rows, everywhere) for t in wrong[:_TELLING]}
+    for by in {int(ids[j] - ids[t]) for t, j in nearest.items()}:
+        told = np.array([t for t in wrong if int(ids[t]) + by in where], int)
+        if len(told) < 4:
+            continue
+        candidate = case.right.copy()
+        candidate[told] = case.right[[where[int(ids[t]) + by] for t in told]]
+        text = (
+            f"wrong tokens hold the rows of their ids {by:+d}, of which {len(told)} of {len(wrong)} are shown"
+        )
+        yield "token-offset", case.share(candidate, told), text, "structure", 5
+
+
 def _least(x: np.ndarray, y: np.ndarray) -> float:
     """The factor that brings x nearest to y."""
     return float((x * y).sum() / max((x * x).sum(), 1e-300))
@@ -530,6 +565,8 @@ _LOOKS = (
     _soft_cap,
     _token_offset,
     _copies,
+    _one_row,
+    _id_offset,
     _started,
     _part,
 )
