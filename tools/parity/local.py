@@ -362,7 +362,7 @@ def _propagated(
 
     `product`: whether there may be one on the way from the inputs, which an engine may round.
     """
-    inherited, exchanged, beside = 0.0, 0.0, False
+    inherited, exchanged, beside = 0.0, np.zeros(()), False
     for name in inputs or _neighbours(pair, tap):
         if not all(name in run.taps for run in (pair.ours, pair.reference)):
             continue
@@ -371,20 +371,31 @@ def _propagated(
             continue
         beside = True
         if name.rpartition("-")[0] in CHOSEN:
-            # Another expert's output has nothing of the one's that it stands in for.
-            exchanged = 2 * float(np.mean(np.rint(a) != np.rint(b))) ** 0.5
+            exchanged = _exchanged(a, b, reference.shape)
         else:
             inherited = max(inherited, _norm(a - b) / max(_norm(b), 1e-300))
     rounds = any(pair.may_round) or (
         product and len(reference) == 1
     )  # of one token nothing tells the engines' ways
     rounded = _ROUNDED if rounds else UNSURE * _usual_error(pair) if product else 0.0
-    relative = math.hypot(5 * inherited, exchanged, rounded) + 30 * EPS32 + 3 * max(pair.grain)
-    noise = np.full(reference.shape, relative * _norm(reference) / max(1, reference.size) ** 0.5)
-    noise = noise + max(pair.resolution)
+    relative = math.hypot(5 * inherited, rounded) + 30 * EPS32 + 3 * max(pair.grain)
+    # Another expert's output has nothing of the one's that it stands in for.
+    noise = np.hypot(relative, 2.0 * exchanged) * _norm(reference) / max(1, reference.size) ** 0.5
+    noise = np.broadcast_to(noise + max(pair.resolution), reference.shape)
     difference = ours - reference
     method = "propagated" if beside else "alone"
     return _local(method, difference, difference, 0 * reference, noise, noise, reference, inputs, facts)
+
+
+def _exchanged(ours: np.ndarray, reference: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """bool, to go with `shape`: where other experts (T, k) were chosen, or for which tokens."""
+    other = np.rint(ours) != np.rint(reference)
+    other = other.reshape(len(other), -1)
+    if shape[:1] != other.shape[:1]:
+        return other.any()
+    if other.shape != shape[:2]:
+        other = other.any(axis=1)
+    return other.reshape(*other.shape, *[1] * (len(shape) - other.ndim))
 
 
 def _usual_error(pair: Pair) -> float:
