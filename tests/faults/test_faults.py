@@ -4,7 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from faults import catalogue, changes, run
+from faults import catalogue, changes, run, tiny
+
+from scarlet_jax.tools.parity import compare
 
 QUICK = (
     *("norm-offset-missing", "eps-1e-5", "key-heads-repeated", "query-scale-missing", "decay-after-update"),
@@ -108,6 +110,19 @@ def test_what_is_wrong_without_a_structure_gets_no_name(change, tap):
     fault = changes.Fault("nameless", "ffn", change, (tap,), ("ffn",), ())
     (outcome,) = run.outcomes("b", ("model",), faults=[fault])
     assert (outcome.verdict, outcome.first, outcome.cause) == (True, True, None), outcome.said
+
+
+def test_what_is_taken_for_an_arithmetic_is_told():
+    """Eight bits in a key cache may be meant: no fault is found, and the report says what was put down to them."""
+    model, tokens = tiny.make("b", 1), np.random.default_rng(1).integers(0, tiny.SIZES["b"]["V"], 70)
+    (fault,) = (f for f in run.COLLECTIONS["slips"] if f.name == "key-cache-in-eight-bits")
+    reference = run.dump(model, tokens, 1)
+    with changes.apply(fault, model) as broken:
+        ours = run.dump(broken, tokens, 2)
+    said = {"ours": ours, "reference": reference}
+    notes = {side: compare(dump, reference)["notes"] for side, dump in said.items()}
+    assert any("ours: taken to compute with keys and values in q8_0" in note for note in notes["ours"])
+    assert not any("taken to compute" in note for note in notes["reference"])
 
 
 def test_experts_outputs_are_judged_by_their_inputs_alone():

@@ -232,6 +232,11 @@ class Comparison:
     def _judge(self) -> None:
         self._narrow()
         imitation.infer(self.pair, self.taps, (self.ours, self.reference), self.alignment.only_ours)
+        for side, arithmetic in zip(("ours", "reference"), self.pair.arithmetic, strict=True):
+            if str(arithmetic):
+                self.notes.append(
+                    f"{side}: taken to compute with {arithmetic}; a fault of that size would look the same"
+                )
         clean = True
         for tap in self.taps:
             clean = clean and tap.metrics.relative_l2 == 0

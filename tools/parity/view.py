@@ -34,6 +34,15 @@ class Arithmetic:
     loose_kv: bool = False
     unit: float = 0.0
 
+    def __str__(self) -> str:
+        """In words, empty for f32 all the way."""
+        products = {"partner": "8-bit activations", "": ""}.get(self.matmul, f"factors in {self.matmul}")
+        cache = (
+            f"keys and values {'about as coarse as' if self.loose_kv else 'in'} {self.kv}" if self.kv else ""
+        )
+        unit = f"products off by about {self.unit:.1g} of their size" if self.unit else ""
+        return ", ".join(part for part in (products, cache, unit) if part)
+
     def strict(self) -> Arithmetic:
         """What of it can be imitated."""
         return Arithmetic(self.matmul, "" if self.loose_kv else self.kv)
