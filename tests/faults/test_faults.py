@@ -89,6 +89,11 @@ def test_what_was_learned_stays(collection, size, setting, name):
     assert (outcome.verdict, outcome.first, outcome.klass, outcome.cause) == (True,) * 4, outcome.said
 
 
+def test_rows_exchanged_before_a_norm_that_shows_only_after_its_gains():
+    (outcome,) = run.outcomes("a", ("config",), "key-rows-permuted", dress="modules")
+    assert (outcome.verdict, outcome.first, outcome.klass, outcome.cause) == (True,) * 4, outcome.said
+
+
 def _blurred(w, *_):
     return w * (1 + 0.3 * np.random.default_rng(1).standard_normal(w.shape))
 

@@ -309,6 +309,15 @@ def _channels(case: Any, _: Any) -> Found:
     for label, order in channel_orders(n).items():
         explained = case.share(case.right[..., order])
         yield _order_name(case, order), explained, f"channels {label}", "structure", 2
+        if case.op is not None and case.op.normed is not None and len(case.ours) > 3:
+            fit, held = case.halves()
+            moved = case.right[..., order]
+            over = tuple(range(moved.ndim - 1))
+            gain = (moved * case.ours)[fit].sum(axis=over) / np.maximum(
+                (moved**2)[fit].sum(axis=over), 1e-300
+            )
+            text = f"channels {label} before each has its gain"
+            yield _order_name(case, order), case.share(gain * moved, held), text, "structure", 7
     if n <= _MANY and case.ours.size // n >= 6:
         fit, held = case.halves()
         a, b = (x[fit].reshape(-1, n).T for x in (case.ours, case.right))
