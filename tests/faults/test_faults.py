@@ -74,6 +74,7 @@ LEARNED = (
     ("slips", "m", "dumps", "key-cache-a-ring-of-64"),
     ("ports", "m", "dumps", "embedding-clamped-ids"),
     ("ports", "m", "dumps", "embedding-high-ids"),
+    ("catalogue", "a", "dumps", "embedding-next-token"),
     ("slips", "m", "model", "expert-down-tail"),
     ("slips", "m", "model", "expert-stride-one-row-short"),
     ("unseen", "m", "dumps", "weights-over-their-sum-plus-one"),

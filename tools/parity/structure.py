@@ -244,9 +244,10 @@ def _one_row(case: Any, _: Any) -> Found:
 
 def _id_offset(case: Any, _: Any) -> Found:
     """Wrong tokens hold the rows of ids that lie by one number beside, as far as those are in the prompt."""
-    if case.hit is None or case.op is None or case.op.klass != "embedding" or case.view is None:
+    if case.op is None or case.op.klass != "embedding" or case.view is None:
         return
-    ids, wrong = np.asarray(case.view.facts.tokens)[slice(*case.view.facts.kept)], case.hit[0]
+    ids = np.asarray(case.view.facts.tokens)[slice(*case.view.facts.kept)]
+    wrong = np.arange(len(case.ours)) if case.hit is None else case.hit[0]
     if len(ids) != len(case.ours):
         return
     where = {int(i): t for t, i in enumerate(ids)}
