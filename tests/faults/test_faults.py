@@ -75,6 +75,7 @@ LEARNED = (
     ("ports", "m", "dumps", "embedding-clamped-ids"),
     ("ports", "m", "dumps", "embedding-high-ids"),
     ("catalogue", "a", "dumps", "embedding-next-token"),
+    ("catalogue", "b", "dumps", "out-columns-grouped"),
     ("slips", "m", "model", "expert-down-tail"),
     ("slips", "m", "model", "expert-stride-one-row-short"),
     ("unseen", "m", "dumps", "weights-over-their-sum-plus-one"),

@@ -242,11 +242,15 @@ def _foretold(
     energy = min(float((case.residual**2).sum()), float((y**2).sum()))
     for name, text, inputs in supposed:
         told, unseen = known.times(inputs)
-        if unseen > 0.3 * energy or not energy:
+        if unseen > _UNSEEN * energy or not energy:
             continue
         left = float(((y - told) ** 2).sum())
         explained = 1 - max(0.0, left - 1.3 * unseen - case.floor**2) / energy
         yield name, explained, f"{text}: {explained:.2%} explained"
+
+
+# A wrong guess leaves about as much as there is to explain: with half of that unseen it is still not taken for right.
+_UNSEEN = 0.5
 
 
 def _other_inputs(case: Any, pair: Any, source: str, x: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:
