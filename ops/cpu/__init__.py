@@ -33,7 +33,7 @@ import numpy as np
 
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops import portable
-from scarlet_jax.ops.cpu.build import FAILURE_NOTE, LIBRARY
+from scarlet_jax.ops.cpu.build import FAILURE_NOTE, LIBRARY, fingerprint
 from scarlet_jax.ops.cpu.mixers import attention, delta_net  # noqa: F401
 from scarlet_jax.ops.qtensor import QTensor, block_size
 
@@ -256,6 +256,9 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise _UnavailableError(f"the compiled kernels do not load: {error}") from error
+    if _sources(library) != fingerprint() != "":
+        again = "`python -m scarlet_jax.ops.cpu.build` compiles them again"
+        raise _UnavailableError(f"the compiled kernels are of other sources than those here: {again}")
     _declare(library)
     _choose_isa(library, os.environ.get("SCARLET_CPU_ISA", ""))
     for name, book in _codebooks().items():
@@ -264,6 +267,14 @@ def _library() -> ctypes.CDLL:
     for name in _HANDLERS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library
+
+
+def _sources(library: ctypes.CDLL) -> str:
+    """The fingerprint of what the library was compiled from."""
+    if not hasattr(library, "scarlet_sources"):
+        return "older than fingerprints"
+    library.scarlet_sources.restype = ctypes.c_char_p
+    return library.scarlet_sources().decode()
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -8,6 +8,7 @@ build machine's), and `library.cc` chooses among them where it runs.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -50,6 +51,17 @@ def source_names() -> list[str]:
     return [*isas, "team.cc", "library.cc", "handlers.cc", "handlers_mixers.cc"]
 
 
+def fingerprint() -> str:
+    """A word for what is compiled here, and how; empty where the sources are not at hand (an installed wheel)."""
+    sources = sorted(SOURCE_FOLDER.glob("*.cc")) + sorted(SOURCE_FOLDER.glob("*.h"))
+    if not sources:
+        return ""
+    digest = hashlib.sha256(repr((COMMON_FLAGS, ISA_FLAGS)).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def compile_library(target: Path, *, sanitize: bool = False) -> None:
     """Compile into `target`, replacing it only when all went well.
 
@@ -60,11 +72,12 @@ def compile_library(target: Path, *, sanitize: bool = False) -> None:
     compiler = shlex.split(os.environ.get("CXX", "")) or _find_compiler()
     extra = SANITIZER_FLAGS if sanitize else []
     include = ["-isystem", str(_ffi_headers())]
+    own = {"library.cc": [f'-DSCARLET_SOURCES="{fingerprint()}"']}
     with tempfile.TemporaryDirectory(prefix="scarlet_build_") as folder:
 
         def compile_one(name: str) -> str:
             output = str(Path(folder, name).with_suffix(".o"))
-            flags = [*COMMON_FLAGS, *ISA_FLAGS.get(name, []), *extra, *include]
+            flags = [*COMMON_FLAGS, *ISA_FLAGS.get(name, []), *own.get(name, []), *extra, *include]
             _run([*compiler, *flags, "-c", str(SOURCE_FOLDER / name), "-o", output])
             return output
 

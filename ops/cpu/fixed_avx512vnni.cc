@@ -20,9 +20,14 @@ using planar::kElements;
 // --- weights as bytes -------------------------------------------------------------------------------
 
 // A type's quants are its values plus kOffset, bytes without a sign, in the order of its planes
-// (planar_avx512.h).
+// (planar_avx512.h); in some sub-blocks a multiple of that, `unit(group)`.
+template <class T>
+struct Bytes : T {
+  static constexpr float unit(int) { return 1; }
+};
+
 template <class T, int mask, int offset = 0>
-struct Masked : T {
+struct Masked : Bytes<T> {
   static constexpr int kOffset = offset;
   static SCARLET_INLINE I bytes(const uint8_t* b, int v) {
     return Simd::and_(T::plane(T::quants(b, v), v, 0), Simd::set1i(mask * 0x01010101));
@@ -30,7 +35,7 @@ struct Masked : T {
 };
 
 template <class T, int offset>
-struct Signed : T {
+struct Signed : Bytes<T> {
   static constexpr int kOffset = offset;
   static SCARLET_INLINE I bytes(const uint8_t* b, int v) {
     return _mm512_add_epi8(T::quants(b, v), _mm512_set1_epi8(static_cast<char>(offset)));
@@ -47,7 +52,7 @@ struct E2m1 {
   static SCARLET_INLINE F values() { return _mm512_load_ps(codebooks.e2m1); }
 };
 template <class T, class Book>
-struct Table : T {
+struct Table : Bytes<T> {
   static constexpr int kOffset = Book::kOffset;
   static SCARLET_INLINE I bytes(const uint8_t* b, int v) {
     const __m128i whole = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(Book::values()));
@@ -55,6 +60,28 @@ struct Table : T {
     const I nibbles = Simd::and_(T::plane(T::quants(b, v), v, 0), Simd::set1i(0x0f0f0f0f));
     return _mm512_shuffle_epi8(table, nibbles);
   }
+};
+
+// Upper nibbles are as good where they are, 16 times as large: then a lane can see one sub-block, in four vectors,
+// for two shuffles of the packed bytes and two of lanes, and nothing is shifted. Of each 128 bits the first half
+// are lower nibbles, the second upper ones.
+struct Q4_K : planar::Q4_K {
+  static constexpr int kOffset = 0;
+  static constexpr float unit(int group) { return group % 2 == 0 ? 1 : 16; }
+  static SCARLET_INLINE I bytes(const uint8_t* b, int v) {
+    const I first = quants(b, 0), second = quants(b, 2);  // 32 bytes are two sub-blocks
+    const I half = v % 2 == 0 ? _mm512_shuffle_i32x4(first, second, 0x88) : _mm512_shuffle_i32x4(first, second, 0xdd);
+    const I lanes = v < 2 ? half : _mm512_shuffle_epi32(half, _MM_PERM_BADC);
+    return Simd::and_(lanes, _mm512_set4_epi32(kUpper, kUpper, planar::kNibbles, planar::kNibbles));
+  }
+  static constexpr int element(int v, int n) {
+    const int pair = n / 16, lane = n / 4 % 4, upper = lane / 2, place = v < 2 ? lane : (lane + 2) % 4;
+    return pair * 64 + upper * 32 + v % 2 * 16 + place * 4 + n % 4;
+  }
+  static constexpr int group(int v, int lane) { return element(v, 4 * lane) / 32; }
+
+ private:
+  static constexpr int kUpper = ~planar::kNibbles;
 };
 
 // --- quads ------------------------------------------------------------------------------------------
@@ -123,7 +150,7 @@ template <class T, int P>
 static void round_group(const float* x, int group, Whole<T, P>* to) {
   constexpr int size = 4 * kOrder<T>.a_group;
   const int first = group * size;
-  constexpr float least = 0x1p-126f;  // a normal number, whose inverse is finite
+  constexpr float least = 0x1p-122f;  // normal, also a sixteenth of it, and its inverse finite
   const float most = greatest(x + first, size), scale = most / kMost<P> < least ? least : most / kMost<P>;
   const F inverse = Simd::set1(scale == scale ? 1 / scale : 0);
   for (int i = first; i < first + size; i += 16) {
@@ -230,7 +257,7 @@ static Rounded<T, P> rounded_block(const float* x) {
   const Whole<T, P> whole = round_block<T, P>(x);
   Rounded<T, P> block;
   for (int g = 0; g < kGroups<T>; g++) {
-    block.scales[g] = whole.scales[g];
+    block.scales[g] = whole.scales[g] / T::unit(g);
     if constexpr (T::kSumBy != 0) {
       block.sums[g] = T::kSumBy * whole.scales[g] * whole.sum(g);
     } else {
@@ -477,7 +504,10 @@ static void prepare(const float* x, int64_t elements, float* out) {
   for (int64_t k = 0; k < elements; k += kElements, block++) {
     const Whole<T, P> whole = round_block<T, P>(x + k);
     std::memset(block->offsets, 0, sizeof(block->offsets));
-    for (int lane = 0; lane < 16; lane++) block->scales[lane] = whole.scales[kMerged<T>.group[lane]];
+    for (int lane = 0; lane < 16; lane++) {
+      const int group = kMerged<T>.group[lane];
+      block->scales[lane] = whole.scales[group] / T::unit(group);
+    }
     for (int i = 0; i < P * kQuads; i++) {
       const int p = i / kQuads, quad = i % kQuads;
       const int8_t* four = whole.digits[p] + 4 * kMerged<T>.source[quad];
@@ -498,7 +528,9 @@ static void prepare(const float* x, int64_t elements, float* out) {
 template <class T, int P>
 struct InWholes {
   using Type = T;
-  static constexpr int kPrepared = sizeof(Prepared<P>) / sizeof(float), kAbreast = 1;
+  static constexpr int kPrepared = sizeof(Prepared<P>) / sizeof(float);
+  template <int M>
+  static constexpr int kAbreast = M == 1 && T::kAbreast > 2 ? T::kAbreast : 2;
 
   template <int R, int M>
   static SCARLET_INLINE void dot(const uint8_t* const* b, const float* const* x, Sums<R, M>& sums) {
@@ -581,7 +613,7 @@ static Entry entry_of(QType type, int planes) {
     case QType::Q8_0: return entry<Signed<planar::Q8_0, 128>>(planes);
     case QType::Q2_K: return entry<Masked<planar::Q2_K, 3>>(planes);
     case QType::Q3_K: return entry<Masked<planar::Q3_K, 7, 4>>(planes);
-    case QType::Q4_K: return entry<Masked<planar::Q4_K, 15>>(planes);
+    case QType::Q4_K: return entry<Q4_K>(planes);
     case QType::Q5_K: return entry<Masked<planar::Q5_K, 31>>(planes);
     case QType::Q6_K: return entry<Masked<planar::Q6_K, 63, 32>>(planes);
     case QType::IQ1_S: return entry<Signed<planar::IQ1_S, 16>>(planes);

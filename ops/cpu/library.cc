@@ -292,6 +292,9 @@ void multiply_gated(const Kernels& kernels, const std::vector<Job>& gates, const
 
 extern "C" {
 
+// Names the sources that the library was compiled from (build.py's fingerprint).
+const char* scarlet_sources() { return SCARLET_SOURCES; }
+
 // Fills the codebook of that name ("iq1", "iq2_xxs", ... "sign_codes": bytes; "iq4", "e2m1": floats).
 // Returns how many bytes it holds; copies only if `size` is that.
 size_t scarlet_set_codebook(const char* name, const void* data, size_t size) {

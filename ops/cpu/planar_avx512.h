@@ -45,17 +45,19 @@ struct Plain {
 
 constexpr int kNibbles = 0x0f0f0f0f, kPairs = 0x03030303, kBit4 = 0x10101010;
 
+constexpr int kOrAnd = 0xf8;  // ternary logic: a | (b & c)
+
 // Eight scales times d, then eight mins times dmin.
 static SCARLET_INLINE F scales_and_mins(const uint8_t* b) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
   const __m128i of_low = _mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m128i of_high = _mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11);
-  const I low_shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4);
-  const I low_mask = _mm512_setr_epi32(63, 63, 63, 63, 15, 15, 15, 15, 63, 63, 63, 63, 15, 15, 15, 15);
-  I low = _mm512_cvtepu8_epi32(_mm_shuffle_epi8(raw, of_low));
-  low = Simd::and_(_mm512_srlv_epi32(low, low_shift), low_mask);
-  const I high = Simd::shr(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(raw, of_high)), 2);
-  const I six = _mm512_ternarylogic_epi32(low, high, Simd::set1i(0x30), 0xf8);
+  const __m128i all_six = _mm_setr_epi32(0x3f3f3f3f, kNibbles, 0x3f3f3f3f, 0);
+  const __m128i upper_four = _mm_setr_epi32(0, 0, 0, kNibbles);
+  const __m128i low = _mm_shuffle_epi8(raw, of_low);
+  const __m128i high = _mm_srli_epi16(_mm_shuffle_epi8(raw, of_high), 2);
+  const __m128i lower = _mm_ternarylogic_epi32(_mm_and_si128(low, all_six), _mm_srli_epi16(low, 4), upper_four, kOrAnd);
+  const I six = _mm512_cvtepu8_epi32(_mm_ternarylogic_epi32(lower, high, _mm_set1_epi8(0x30), kOrAnd));
   const F factors = _mm512_permutexvar_ps(Plain::halves(0, 1), _mm512_castps128_ps512(_mm_cvtph_ps(raw)));
   return Simd::mul(Simd::to_float(six), factors);
 }
@@ -706,13 +708,15 @@ static SCARLET_INLINE void dot_blocks(const uint8_t* const* b, const float* cons
 
 // --- rows of weights, one after another -------------------------------------------------------------
 
-// A Way of multiplying says: Type, of the weights; kPrepared, the floats of 256 prepared elements; kAbreast,
-// the rows of weights that it multiplies at a time by several rows of x;
+// A Way of multiplying says: Type, of the weights; kPrepared, the floats of 256 prepared elements; kAbreast<M>,
+// the rows of weights that it multiplies at a time by M of x;
 // `dot(b, x, sums)`, which adds a block of R rows times M; and `rest`, the same for what is left of rows.
 template <class B, class T>
 struct InFloats {
   using Type = T;
-  static constexpr int kPrepared = planar::kPrepared, kAbreast = 1;
+  static constexpr int kPrepared = planar::kPrepared;
+  template <int M>
+  static constexpr int kAbreast = M == 1 ? T::kAbreast : 1;
 
   template <int R, int M>
   static SCARLET_INLINE void dot(const uint8_t* const* b, const float* const* x, Sums<R, M>& sums) {
@@ -727,11 +731,11 @@ struct InFloats {
 // Bytes from the block being multiplied to the one being asked for: rows follow one another in memory.
 constexpr int kAhead = 8192;
 
-// One row of x times T::kAbreast rows of weights at a time.
+// One row of x.
 template <class Way>
 static void multiply_one(const Product& p) {
   using T = typename Way::Type;
-  constexpr int R = T::kAbreast;
+  constexpr int R = Way::template kAbreast<1>;
   const int64_t stride = p.elements * T::kBytes / kElements;
   const int64_t blocks = p.elements / kElements;
   for (int64_t row = 0; row < p.rows; row += R) {
@@ -752,8 +756,8 @@ static void multiply_one(const Product& p) {
 }
 
 // Several rows of x may not fit in the first level of cache whole. Then a stretch of them that does (16 KiB)
-// is multiplied by kGroup rows of weights, Way::kAbreast at a time, before the next one, with the rows' sums set
-// aside meanwhile: the same additions in the same order.
+// is multiplied by kGroup rows of weights before the next one, with the rows' sums set aside meanwhile: the same
+// additions in the same order.
 template <class Way, int M>
 static constexpr int64_t kStretch = 16 * 1024 / (M * Way::kPrepared * 4);
 constexpr int kGroup = 16, kRowsAhead = 4;  // and how many rows ahead weights are asked for
@@ -761,7 +765,7 @@ constexpr int kGroup = 16, kRowsAhead = 4;  // and how many rows ahead weights a
 template <class Way, int M>
 static void multiply_group(const Product& p, int64_t row, int64_t rows) {
   using T = typename Way::Type;
-  constexpr int R = Way::kAbreast;
+  constexpr int R = Way::template kAbreast<M>;
   const int64_t stride = p.elements * T::kBytes / kElements;
   const int64_t blocks = p.elements / kElements;
   const auto nth = [&](int m) { return m < p.count ? m : p.count - 1; };  // as in multiply_rows

@@ -701,6 +701,14 @@ def test_a_library_that_does_not_load(isa, tmp_path, monkeypatch):
 
 
 @once
+def test_a_library_of_other_sources(isa, monkeypatch):
+    """A checkout moves on; its library stays until it is compiled again."""
+    monkeypatch.setattr(cpu, "fingerprint", lambda: "another")
+    with pytest.raises(Exception, match="of other sources than those here: `python -m .* compiles them again"):
+        cpu._library.__wrapped__()
+
+
+@once
 @pytest.mark.slow
 def test_sanitizers(isa, tmp_path):
     """This file's tests in a process whose kernels are built with AddressSanitizer and UBSan."""
