@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType, Keys
 
+from scarlet_jax import huge_pages
 from scarlet_jax.errors import BadInput
 from scarlet_jax.ops.qtensor import block_size
 
@@ -307,11 +308,13 @@ def _map(path: Path) -> mmap.mmap:
         if status.st_size == 0:
             raise BadInput(f"{path}: the file is empty, expected a GGUF file")
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except BadInput:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path that no system call takes
         raise BadInput(f"{path}: {getattr(error, 'strerror', error)}") from error
+    huge_pages.advise(memory)
+    return memory
 
 
 def _check_version(cursor: _Cursor) -> None:

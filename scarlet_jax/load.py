@@ -1,7 +1,7 @@
 """From a GGUF file to a Model: tensors become weight pytrees, by the file's own names.
 
 A weight keeps the bytes of the file. Where the memory map is aligned for XLA (64 bytes) the array is the
-map itself; elsewhere it is copied once, and the map's pages are given back.
+map itself; elsewhere it is copied once, on a CPU into huge pages, and the map's pages are given back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from scarlet_jax import compiled, configs, gguf, memory, mtp, sharding
+from scarlet_jax import compiled, configs, gguf, huge_pages, memory, mtp, sharding
 from scarlet_jax.config import Arch, Block, Config
 from scarlet_jax.errors import BadInput
 from scarlet_jax.forward import FEED_FORWARDS, MIXERS, BlockWeights, Weights
@@ -25,7 +25,6 @@ from scarlet_jax.model import Model
 from scarlet_jax.ops.qtensor import QTensor
 from scarlet_jax.types import Weight
 
-XLA_ALIGNMENT = 64  # bytes; XLA:CPU uses host memory in place only where it starts on such a boundary
 FLOATS = ("F32", "F16", "BF16")  # held as plain arrays; every other type stays packed
 
 Rows = slice | np.ndarray  # of a matrix: a view of the file, or row numbers, which cost a copy
@@ -123,6 +122,7 @@ class _Tensors:
     def __init__(self, file: gguf.Gguf, arch: Arch, mapped: bool) -> None:
         self._file = file
         self._mapped = mapped
+        self._room = huge_pages.Room()
         self._names, self._joined = arch.names, arch.joined
         self._unused = set(file.tensors)
         self._problems: list[str] = []
@@ -180,7 +180,7 @@ class _Tensors:
         return jnp.asarray(tensor.array(), jnp.float32)
 
     def _place(self, tensor: gguf.Tensor, view: np.ndarray) -> Any:
-        return view if self._mapped else _place(tensor, view)
+        return view if self._mapped else _place(tensor, view, self._room)
 
     def _beside(self, name: str, kind: str, shape: tuple[int, ...]) -> jax.Array | None:
         """What is stored beside a weight, `X.scale` or `X.bias` for `X.weight`, or None."""
@@ -233,11 +233,12 @@ def _field(name: str) -> str:
     return name.removesuffix(".weight").replace(".", "_")
 
 
-def _place(tensor: gguf.Tensor, view: np.ndarray) -> jax.Array:
+def _place(tensor: gguf.Tensor, view: np.ndarray, room: huge_pages.Room) -> jax.Array:
     """Hand a view of the memory map to JAX: in place if it can be, else by one copy."""
-    placed = jax.device_put(view)
-    in_place = np.may_share_memory(view, tensor.data) and view.ctypes.data % XLA_ALIGNMENT == 0
-    if not (in_place and view.flags.c_contiguous and placed.device.platform == "cpu"):
-        placed.block_until_ready()
-        tensor.release()
+    on_cpu = jax.default_backend() == "cpu"
+    of_the_file = np.may_share_memory(view, tensor.data) and view.flags.c_contiguous
+    if on_cpu and of_the_file and view.ctypes.data % huge_pages.ALIGNMENT == 0:
+        return jax.device_put(view)
+    placed = jax.device_put(room.copy(view) if on_cpu else view).block_until_ready()
+    tensor.release()
     return placed
