@@ -548,8 +548,8 @@ struct InWholes {
       I products[R][P];
       multiply_digits<R>(w, own, products);
       SCARLET_UNROLL for (int r = 0; r < R; r++) {
-        const F whole = Simd::mul(joined<P>(products[r]), factors[r]);
-        sums.of[r][m][0] = Simd::fma(whole, Simd::load(own.scales), sums.of[r][m][0]);
+        const F factor = Simd::mul(factors[r], Simd::load(own.scales));
+        sums.of[r][m][0] = Simd::fma(joined<P>(products[r]), factor, sums.of[r][m][0]);
         if constexpr (T::kSumBy != 0) {
           constexpr __mmask16 lanes = static_cast<__mmask16>(((1 << kGroups<T>) - 1) << T::kSumsFrom);
           F& sum = sums.of[r][m][1];
