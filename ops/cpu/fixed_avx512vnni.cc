@@ -62,26 +62,52 @@ struct Table : Bytes<T> {
   }
 };
 
-// Upper nibbles are as good where they are, 16 times as large: then a lane can see one sub-block, in four vectors,
-// for two shuffles of the packed bytes and two of lanes, and nothing is shifted. Of each 128 bits the first half
-// are lower nibbles, the second upper ones.
+// Bits above others in a byte are as good where they are, so many times as large. Then lanes that share bytes can
+// see a sub-block each, in four vectors, and nothing is shifted; all that moves is packed.
+static SCARLET_INLINE I by_lane(int a, int b, int c, int d) { return _mm512_set4_epi32(d, c, b, a); }
+
+// The four lanes of each 128 bits, `by` of them further down.
+static SCARLET_INLINE I turned(I x, int by) {
+  switch (by) {
+    case 1: return _mm512_shuffle_epi32(x, _MM_PERM_ADCB);
+    case 2: return _mm512_shuffle_epi32(x, _MM_PERM_BADC);
+    case 3: return _mm512_shuffle_epi32(x, _MM_PERM_CBAD);
+    default: return x;
+  }
+}
+
+// 32 bytes are two sub-blocks. Of each 128 bits the first half are lower nibbles, the second upper ones.
 struct Q4_K : planar::Q4_K {
   static constexpr int kOffset = 0;
   static constexpr float unit(int group) { return group % 2 == 0 ? 1 : 16; }
   static SCARLET_INLINE I bytes(const uint8_t* b, int v) {
-    const I first = quants(b, 0), second = quants(b, 2);  // 32 bytes are two sub-blocks
+    const I first = quants(b, 0), second = quants(b, 2);
     const I half = v % 2 == 0 ? _mm512_shuffle_i32x4(first, second, 0x88) : _mm512_shuffle_i32x4(first, second, 0xdd);
-    const I lanes = v < 2 ? half : _mm512_shuffle_epi32(half, _MM_PERM_BADC);
-    return Simd::and_(lanes, _mm512_set4_epi32(kUpper, kUpper, planar::kNibbles, planar::kNibbles));
+    return Simd::and_(turned(half, v / 2 * 2), by_lane(0x0f0f0f0f, 0x0f0f0f0f, kUpper, kUpper));
   }
   static constexpr int element(int v, int n) {
-    const int pair = n / 16, lane = n / 4 % 4, upper = lane / 2, place = v < 2 ? lane : (lane + 2) % 4;
-    return pair * 64 + upper * 32 + v % 2 * 16 + place * 4 + n % 4;
+    const int pair = n / 16, lane = n / 4 % 4, place = (lane + v / 2 * 2) % 4;
+    return pair * 64 + lane / 2 * 32 + v % 2 * 16 + place * 4 + n % 4;
   }
   static constexpr int group(int v, int lane) { return element(v, 4 * lane) / 32; }
 
  private:
-  static constexpr int kUpper = ~planar::kNibbles;
+  static constexpr int kUpper = ~0x0f0f0f0f;
+};
+
+// 16 bytes are four sub-blocks. The lanes of each 128 bits are pairs of bits, the lowest first.
+struct Q2_K : planar::Q2_K {
+  static constexpr int kOffset = 0;
+  static constexpr float unit(int group) { return static_cast<float>(1 << group / 2 % 4 * 2); }
+  static SCARLET_INLINE I bytes(const uint8_t* b, int v) {
+    const I pairs = by_lane(0x03030303, 0x0c0c0c0c, 0x30303030, ~0x3f3f3f3f);
+    return Simd::and_(turned(quants(b, 0), v), pairs);
+  }
+  static constexpr int element(int v, int n) {
+    const int sixteen = n / 16, pair = n / 4 % 4, place = (pair + v) % 4;
+    return sixteen / 2 * 128 + pair * 32 + sixteen % 2 * 16 + place * 4 + n % 4;
+  }
+  static constexpr int group(int v, int lane) { return element(v, 4 * lane) / 16; }
 };
 
 // --- quads ------------------------------------------------------------------------------------------
@@ -150,7 +176,7 @@ template <class T, int P>
 static void round_group(const float* x, int group, Whole<T, P>* to) {
   constexpr int size = 4 * kOrder<T>.a_group;
   const int first = group * size;
-  constexpr float least = 0x1p-122f;  // normal, also a sixteenth of it, and its inverse finite
+  constexpr float least = 0x1p-120f;  // normal, also when it is divided by a unit, and its inverse finite
   const float most = greatest(x + first, size), scale = most / kMost<P> < least ? least : most / kMost<P>;
   const F inverse = Simd::set1(scale == scale ? 1 / scale : 0);
   for (int i = first; i < first + size; i += 16) {
@@ -611,7 +637,7 @@ static Entry entry_of(QType type, int planes) {
     case QType::Q5_0: return entry<Masked<planar::Q5_0, 31, 16>>(planes);
     case QType::Q5_1: return entry<Masked<planar::Q5_1, 31>>(planes);
     case QType::Q8_0: return entry<Signed<planar::Q8_0, 128>>(planes);
-    case QType::Q2_K: return entry<Masked<planar::Q2_K, 3>>(planes);
+    case QType::Q2_K: return entry<Q2_K>(planes);
     case QType::Q3_K: return entry<Masked<planar::Q3_K, 7, 4>>(planes);
     case QType::Q4_K: return entry<Q4_K>(planes);
     case QType::Q5_K: return entry<Masked<planar::Q5_K, 31>>(planes);

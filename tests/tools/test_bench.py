@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from models import PACKABLE, PACKABLE_EXPERTS, model, path
 
@@ -37,6 +38,23 @@ def test_the_fast_mode_has_its_error_beside_its_speed(tmp_path):
     assert result["precision"] == "fast"
     assert "fast mode" in result["path"]
     assert 1e-4 < result["error"] < 0.2
+
+
+def test_without_compiled_kernels_there_are_figures_too(tmp_path, monkeypatch, request):
+    """The portable code's; memory is then read by one thread."""
+
+    def missing():
+        raise cpu._UnavailableError("there was no compiler")
+
+    monkeypatch.setattr(cpu, "_library", missing)
+    jax.clear_caches()  # of programs with the kernels, and then of those without
+    request.addfinalizer(jax.clear_caches)
+    out = tmp_path / "bench.json"
+    flags = ["-p", "5", "-n", "3", "--repeat", "1", "--json", str(out)]
+    assert cli.main(["bench", str(path(PACKABLE, "Q4_K")), *flags]) == 0
+    result = json.loads(out.read_text())
+    assert "portable" in result["path"]
+    assert result["read_bandwidth"] > 0
 
 
 def test_a_token_reads_every_weight_but_the_embedding():
