@@ -169,7 +169,7 @@ def _usual(errors: Sequence[tuple[float, bool]]) -> float:
         return 0.0
     usual = float(np.median(noisy))
     alike = sum(usual / local.UNSURE < error < local.UNSURE * usual for error in noisy)
-    return usual if usual <= local._ROUNDED and alike >= 0.8 * len(noisy) else 0.0
+    return usual if usual <= local.ROUNDED and alike >= 0.8 * len(noisy) else 0.0
 
 
 def _difference(pair: local.Pair, products: Sequence[Place]) -> float:

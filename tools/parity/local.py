@@ -377,7 +377,7 @@ def _propagated(
     rounds = any(pair.may_round) or (
         product and len(reference) == 1
     )  # of one token nothing tells the engines' ways
-    rounded = _ROUNDED if rounds else UNSURE * _usual_error(pair) if product else 0.0
+    rounded = ROUNDED if rounds else UNSURE * _usual_error(pair) if product else 0.0
     relative = math.hypot(5 * inherited, rounded) + 30 * EPS32 + 3 * max(pair.grain)
     # Another expert's output has nothing of the one's that it stands in for.
     noise = np.hypot(relative, 2.0 * exchanged) * _norm(reference) / max(1, reference.size) ** 0.5
@@ -406,7 +406,7 @@ def _usual_error(pair: Pair) -> float:
 
 CHOSEN = ("ffn_moe_topk", "ffn_moe_argsort")  # taps that hold experts' numbers
 _UNITS = {"partner": 0.005, "bf16": 2.0**-9, "f16": 2.0**-12, "tf32": 2.0**-12}
-_ROUNDED = 0.02  # what 8-bit activations can do to one product
+ROUNDED = 0.02  # what 8-bit activations can do to one product
 
 
 def _shared(pair: Pair, name: str, rows: int) -> bool:

@@ -280,14 +280,11 @@ def _is_large(given: Any, key: tuple[int | None, str]) -> bool:
     return hasattr(given, "product") and key in given and given.elements(key) > LARGE
 
 
-class SomeColumns(Mapping[str, np.ndarray]):
-    """Taps of which one, `tap`, has some of its columns."""
+class _SameNames(Mapping[str, np.ndarray]):
+    """Taps under the names that others have."""
 
-    def __init__(self, taps: Taps, tap: str, part: slice):
-        self._taps, self._tap, self._part = taps, tap, part
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._taps[name][:, self._part] if name == self._tap else self._taps[name]
+    def __init__(self, taps: Taps):
+        self._taps = taps
 
     def __contains__(self, name: object) -> bool:
         return name in self._taps
@@ -297,6 +294,17 @@ class SomeColumns(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._taps)
+
+
+class SomeColumns(_SameNames):
+    """Taps of which one, `tap`, has some of its columns."""
+
+    def __init__(self, taps: Taps, tap: str, part: slice):
+        super().__init__(taps)
+        self._tap, self._part = tap, part
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._taps[name][:, self._part] if name == self._tap else self._taps[name]
 
 
 class SomeRows(Mapping[tuple[int | None, str], np.ndarray]):
@@ -331,11 +339,12 @@ class SomeRows(Mapping[tuple[int | None, str], np.ndarray]):
         return len(self._weights)
 
 
-class Window(Mapping[str, np.ndarray]):
+class Window(_SameNames):
     """Some token rows of every tap that has them all: what a large dump is judged on."""
 
     def __init__(self, taps: Taps, tokens: int, rows: slice):
-        self._taps, self._tokens, self.rows = taps, tokens, rows
+        super().__init__(taps)
+        self._tokens, self.rows = tokens, rows
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self._taps[name]
@@ -345,15 +354,6 @@ class Window(Mapping[str, np.ndarray]):
         if kept.ndim == 3 and array.shape[2] == self._tokens and not self.rows.start:  # keys of a prefix
             return kept[:, :, self.rows]
         return kept
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._taps
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._taps)
-
-    def __len__(self) -> int:
-        return len(self._taps)
 
 
 _GLOBAL = ("token_embd", "output", "output_norm")
