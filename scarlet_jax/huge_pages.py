@@ -1,7 +1,7 @@
 """Memory in huge pages, for what is read whole again and again.
 
-Each token reads every weight. In pages of 4 KiB that is a walk through the page tables for each; from pages of 2 MiB
-a step of decoding takes a tenth less (docs/benchmarks.md). Where a system has none to give, memory is as ever.
+Each token reads every weight. In pages of 4 KiB that is a walk through the page tables for each, in pages of 2 MiB one
+for 512 of them. Where a system has none to give, memory is as ever.
 """
 
 from __future__ import annotations

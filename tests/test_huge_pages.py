@@ -7,13 +7,16 @@ import pytest
 
 from scarlet_jax import huge_pages
 
+LACKING = {
+    "nothing": (),
+    "huge pages": ("MADV_HUGEPAGE",),
+    "all that Windows lacks": ("MADV_HUGEPAGE", "MAP_PRIVATE", "MAP_ANONYMOUS"),
+}
 
-@pytest.fixture(params=["as here", "without huge pages", "as on Windows"])
+
+@pytest.fixture(params=LACKING.values(), ids=LACKING)
 def system(request, monkeypatch):
-    missing = {"as here": (), "without huge pages": ("MADV_HUGEPAGE",)}.get(
-        request.param, ("MADV_HUGEPAGE", "MAP_PRIVATE", "MAP_ANONYMOUS")
-    )
-    for name in missing:
+    for name in request.param:
         monkeypatch.delattr(mmap, name, raising=False)
 
 
